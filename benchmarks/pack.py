@@ -1,0 +1,32 @@
+"""Load this pack outside a running ComfyUI, the way the host does: under a package name, with relative imports."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+PROJECT = Path(__file__).resolve().parent.parent
+NAME = "tune_a_video"
+
+
+def load_pack() -> ModuleType:
+    """The pack as package `tune_a_video`, on the host in the folder that TAV_HOST names (run.py sets it)."""
+    if NAME in sys.modules:
+        return sys.modules[NAME]
+    host = os.environ.get("TAV_HOST")
+    if not host:
+        raise SystemExit("TAV_HOST does not name a ComfyUI folder: start this through run.py.")
+    # ComfyUI claims top-level names such as `nodes`, which this project has as well.
+    sys.path.insert(0, host)
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    spec = importlib.util.spec_from_file_location(
+        NAME, PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
+    )
+    assert spec is not None and spec.loader is not None
+    pack = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    return pack

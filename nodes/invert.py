@@ -1,0 +1,46 @@
+from comfy_api.latest import io
+
+from ..tav_core import ddim, host
+from .schema import CATEGORY
+
+
+class DDIMInvert(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TAVDDIMInvert",
+            display_name="DDIM Invert",
+            category=CATEGORY,
+            description="Finds the noise from which the model would sample the clip: it holds layout and motion.",
+            inputs=[
+                io.Model.Input("model", tooltip="The tuned model."),
+                io.Latent.Input("latents", tooltip="The clip that the model was tuned on, from VAE Encode."),
+                io.Conditioning.Input(
+                    "prompt", tooltip="The source prompt. Usually empty text, as in the paper; no guidance is used."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=ddim.MAX_STEPS,
+                    tooltip="DDIM steps, the same as in Sample Video. 50 in the paper; more follow the clip closer.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "inverted",
+                    display_name="inverted",
+                    tooltip="The clip as noise, for Sample Video, or KSampler (Advanced) with add_noise disabled.",
+                ),
+                io.Noise.Output(
+                    "noise", display_name="noise", tooltip="The same as NOISE, for SamplerCustomAdvanced."
+                ),
+                io.Sigmas.Output(
+                    "sigmas", display_name="sigmas", tooltip="The noise levels to sample, for SamplerCustomAdvanced."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latents, prompt, steps) -> io.NodeOutput:
+        return io.NodeOutput(*host.invert(model, latents, prompt, steps))

@@ -1,0 +1,120 @@
+import time
+
+from comfy_api.latest import io
+
+from ..tav_core import host
+from ..tav_core.clip import to_image
+from ..tav_core.plot import loss_curve
+from ..tav_core.tuning import Recipe
+from .schema import CATEGORY, Weights, advanced
+
+PICTURE_SECONDS = 0.5  # the page need not redraw the curve more often
+
+
+class OneShotTune(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TAVOneShotTune",
+            display_name="One-Shot Tune",
+            category=CATEGORY,
+            description="Teaches an inflated model the motion of one clip, from the clip and its caption alone.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model from Inflate UNet. It is not changed."),
+                io.Latent.Input("latents", tooltip="The clip, encoded by VAE Encode: 2 frames or more."),
+                io.Conditioning.Input("caption", tooltip="What the clip shows, such as: a man is skiing."),
+                io.Int.Input(
+                    "steps",
+                    default=500,
+                    min=1,
+                    max=100_000,
+                    tooltip="Training steps. 300 to 500; fewer if edits change too little (overfitting).",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=3e-5,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-8,
+                    tooltip="Size of a training step. 3e-5 in the paper; lower it if the loss jumps.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=33,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Same seed, same inputs and same machine give the same result.",
+                ),
+                advanced(
+                    io.Combo,
+                    "precision",
+                    options=["auto", "fp32", "bf16"],
+                    default="auto",
+                    tooltip="bf16 halves memory and time on cards that have it; auto chooses. Trained weights stay fp32.",
+                ),
+                advanced(
+                    io.Boolean,
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="Much less memory for about a third more time; the result is the same.",
+                ),
+                advanced(
+                    io.Float,
+                    "weight_decay",
+                    default=1e-2,
+                    min=0.0,
+                    max=0.999,
+                    step=1e-3,
+                    round=1e-6,
+                    tooltip="AdamW's pull of the trained weights towards zero, per step, times learning rate.",
+                ),
+                advanced(
+                    io.Float,
+                    "max_grad_norm",
+                    default=1.0,
+                    min=1e-3,
+                    max=1e6,
+                    step=0.1,
+                    round=1e-3,
+                    tooltip="Gradients longer than this are shortened to it, so that one step cannot spoil the tune.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("tuned_model", display_name="model", tooltip="The tuned model, to invert and sample."),
+                Weights.Output("weights", display_name="weights", tooltip="What was learned, without the base model."),
+                io.Image.Output("loss_plot", display_name="loss plot", tooltip="The loss of every step."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        latents,
+        caption,
+        steps,
+        learning_rate,
+        seed,
+        precision,
+        gradient_checkpointing,
+        weight_decay,
+        max_grad_norm,
+    ) -> io.NodeOutput:
+        recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
+        show = host.progress(steps)
+        losses: list[float] = []
+        drawn = 0.0
+
+        def on_step(step):
+            nonlocal drawn
+            losses.append(step.loss)
+            picture = None
+            if time.monotonic() - drawn > PICTURE_SECONDS or step.number == steps:
+                picture, drawn = loss_curve(losses, steps), time.monotonic()
+            show(step.number, picture)
+
+        weights = host.one_shot_tune(model, latents, caption, recipe, precision, gradient_checkpointing, on_step)
+        plot = to_image(loss_curve(weights.losses, steps))
+        return io.NodeOutput(host.apply_weights(model, weights), weights, plot)

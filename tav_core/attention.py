@@ -1,0 +1,95 @@
+"""The two attentions that turn an image UNet into a video UNet (arXiv 2212.11565, section 3.2).
+
+Frames are folded into the batch, as everywhere in an image UNet: `(b f) n c` is b videos of f frames of n
+tokens of width c.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+
+def sparse_causal(kv: Tensor, frames: int) -> Tensor:
+    """Keys or values that each frame attends to: those of the first and of the previous frame.
+
+    Gathered after the projections, so that every frame is projected once. A frame does not see itself, except
+    the first one, whose previous frame is itself (reference: SparseCausalAttention in models/attention.py).
+
+    Args:
+        kv: projected keys or values, `(b f) n c`.
+        frames: f.
+    Returns:
+        `(b f) (2 n) c`, or `(b f) n c` where first and previous are the same frame for all of them:
+        a softmax over a key given twice equals the softmax over that key given once.
+    """
+    video = rearrange(kv, "(b f) n c -> b f n c", f=frames)
+    first = video[:, :1]
+    if frames <= 2:
+        return repeat(first, "b 1 n c -> (b f) n c", f=frames)
+    previous = torch.cat([first, video[:, :-1]], dim=1)
+    return rearrange([first.expand_as(video), previous], "s b f n c -> (b f) (s n) c")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of a published checkpoint (`to_q` … `to_out.0`).
+
+    Weights are cast to the input's dtype and device at use: the host may keep them anywhere.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b n c` → `b n c`, every token attending to every token."""
+        q, k, v = (
+            rearrange(F.linear(x, layer.weight.to(x)), "b n (h d) -> b h n d", h=self.heads)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        project = self.to_out[0]
+        return F.linear(out, project.weight.to(x), project.bias.to(x))
+
+
+class TemporalAttention(nn.Module):
+    """Attention over the frames at each spatial position, with its own layer norm and residual.
+
+    Bidirectional, without positions or mask, after the block's feed-forward. The output projection starts at
+    zero, weight *and* bias, so a new layer is an exact identity (the reference leaves the bias random).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm_temp = nn.LayerNorm(dim)
+        self.attn_temp = Attention(dim, heads)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Start as an identity, with projections drawn from `generator` at torch's default scale for Linear."""
+        nn.init.ones_(self.norm_temp.weight)
+        nn.init.zeros_(self.norm_temp.bias)
+        for layer in (self.attn_temp.to_q, self.attn_temp.to_k, self.attn_temp.to_v):
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+        for parameter in self.attn_temp.to_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """`(b f) n c` → the same shape."""
+        norm = self.norm_temp
+        h = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+        h = self.attn_temp(rearrange(h, "(b f) n c -> (b n) f c", f=frames))
+        return x + rearrange(h, "(b n) f c -> (b f) n c", n=x.shape[1])
+
+
+def sdpa_override(_function, q: Tensor, k: Tensor, v: Tensor, heads: int, *_args, **_kwargs) -> Tensor:
+    """Torch's attention in place of the one that the host chose for sampling, which may not be differentiable.
+
+    Args:
+        q, k, v: `b n (h d)`.
+    """
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")

@@ -1,0 +1,74 @@
+"""From the frames that a video loader gives to the clip that is tuned on."""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Fit = Literal["crop", "stretch", "pad"]
+FITS: tuple[str, ...] = get_args(Fit)
+
+
+def prepare_clip(
+    frames: Tensor, start: int, stride: int, count: int, width: int, height: int, fit: str
+) -> Tensor:
+    """Every `stride`-th frame from `start`, `count` of them, at `width` × `height` pixels.
+
+    Args:
+        frames: IMAGE, [b, h, w, c], 0 to 1.
+        fit: `crop` fills the size and cuts what hangs over, `pad` fits inside on black, `stretch` distorts.
+    Returns:
+        [count, height, width, c], 0 to 1.
+    Raises:
+        ValueError: the clip is too short (the message says what fits), or the size is no multiple of 8.
+    """
+    if frames.ndim != 4 or frames.shape[0] == 0:
+        raise ValueError("there are no frames: connect the images of a video (Get Video Components).")
+    if start < 0 or stride < 1 or count < 1:
+        raise ValueError(f"start {start}, stride {stride}, count {count}: start is from 0, the others from 1.")
+    for name, size in (("width", width), ("height", height)):
+        if size < 8 or size % 8:
+            lower = max(size // 8 * 8, 8)
+            raise ValueError(f"{name} is {size}; it must be a multiple of 8, such as {lower} or {lower + 8}.")
+    available = frames.shape[0]
+    if start + (count - 1) * stride >= available:
+        raise ValueError(
+            f"{count} frames at stride {stride} from frame {start} need {start + (count - 1) * stride + 1} frames, "
+            f"the video has {available}. {_what_fits(available, start, stride, count)}"
+        )
+    return _resize(frames[start : start + (count - 1) * stride + 1 : stride], width, height, fit)
+
+
+def _what_fits(available: int, start: int, stride: int, count: int) -> str:
+    if start >= available:
+        return f"The last start is {available - 1}."
+    advice = f"At this start and stride the largest count is {(available - 1 - start) // stride + 1}"
+    largest_stride = (available - 1 - start) // max(count - 1, 1)
+    return advice + (f"; for {count} frames the largest stride is {largest_stride}." if largest_stride else ".")
+
+
+def _resize(frames: Tensor, width: int, height: int, fit: str) -> Tensor:
+    old_height, old_width = frames.shape[1:3]
+    if (old_height, old_width) == (height, width):
+        return frames.clone()
+    scale_x, scale_y = width / old_width, height / old_height
+    if fit == "crop":
+        scale_x = scale_y = max(scale_x, scale_y)
+    elif fit == "pad":
+        scale_x = scale_y = min(scale_x, scale_y)
+    scaled = (max(round(old_height * scale_y), 1), max(round(old_width * scale_x), 1))
+    pictures = rearrange(frames, "b h w c -> b c h w")
+    pictures = F.interpolate(pictures, size=scaled, mode="bicubic", antialias=True).clamp(0, 1)
+    # Negative padding crops: both fits centre the picture in the wanted size.
+    top, left = (height - scaled[0]) // 2, (width - scaled[1]) // 2
+    pictures = F.pad(pictures, (left, width - scaled[1] - left, top, height - scaled[0] - top))
+    return rearrange(pictures, "b c h w -> b h w c").contiguous()
+
+
+def to_image(picture) -> Tensor:
+    """A PIL picture as IMAGE, [1, h, w, 3], 0 to 1."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255

@@ -1,0 +1,588 @@
+"""Everything this pack asks of ComfyUI, and the only module that imports it.
+
+Host symbols used, and why:
+
+- `comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel`, `ResBlock`; `comfy.ldm.modules.attention.
+  BasicTransformerBlock`, `SpatialTransformer`: to recognise a Stable Diffusion UNet and find where to attach.
+- `comfy.model_patcher.ModelPatcher`: `clone`, `add_wrapper_with_key`, `set_additional_models`, `set_attachments`,
+  `add_patches`, `get_key_patches`, `get_model_object`: inflate and tune without touching the base model.
+- `comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL`: the wrapper around one UNet call.
+- `comfy.lora.calculate_weight`: the weights that the host would run, LoRAs merged.
+- `comfy.model_sampling`: epsilon, v-prediction or neither; the noise level of each timestep.
+- `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
+  regional prompts, previews and cancel work.
+- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`: progress.
+- `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.utils.unet_to_diffusers`: small models of one's
+  own, in published naming.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.supported_models
+import comfy.utils
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch import Tensor, nn
+
+from . import ddim
+from .attention import sdpa_override
+from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
+from .tuning import PredictionType, Recipe, Step, draw, trains, tune
+from .weights import TunedWeights
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+Conditioning = list[list[Any]]
+KEY = "tune_a_video"
+UNET = "diffusion_model."
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inflation:
+    """What an inflated MODEL carries with it.
+
+    Attributes:
+        temporal: its temporal layers, shared by its clones and never changed once attached.
+        group_norm: see `inflation`.
+        frames: length of the clip that it was tuned on; None before tuning.
+    """
+
+    temporal: TemporalLayers
+    group_norm: str
+    frames: int | None = None
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+def unet_of(model: ModelPatcher) -> UNetModel:
+    """The model's UNet. Raises ValueError, naming what it is, unless it is of Stable Diffusion 1.x or 2.x."""
+    unet = getattr(model.model, "diffusion_model", None)
+    kind = type(model.model).__name__
+    wanted = "Tune-A-Video needs a Stable Diffusion 1.x or 2.x checkpoint."
+    if not isinstance(unet, UNetModel):
+        raise ValueError(f"this MODEL is a {kind} ({type(unet).__name__}), not a Stable Diffusion UNet. {wanted}")
+    if unet.num_classes is not None:
+        raise ValueError(f"this MODEL is a {kind} with extra conditioning (SDXL, SVD or unCLIP). {wanted}")
+    channels = model.get_model_object("latent_format").latent_channels
+    if unet.in_channels != channels:
+        raise ValueError(
+            f"this MODEL's UNet takes {unet.in_channels} channels instead of {channels}: it is an inpainting, "
+            f"instruct or upscale model. {wanted}"
+        )
+    return unet
+
+
+def parts_of(unet: nn.Module) -> UNetParts:
+    """Where to attach in a `UNetModel`."""
+    modules = dict(unet.named_modules())
+    resnets = [module for module in modules.values() if isinstance(module, ResBlock)]
+    transformers = [module for module in modules.values() if isinstance(module, SpatialTransformer)]
+    norms = [norm for resnet in resnets for norm in (resnet.in_layers[0], resnet.out_layers[0])]
+    return UNetParts(
+        blocks={name: module for name, module in modules.items() if isinstance(module, BasicTransformerBlock)},
+        video_norms=[*norms, unet.out[0]],
+        stages=[*resnets, *transformers],
+    )
+
+
+def model_sigmas(model: ModelPatcher) -> Tensor:
+    """The model's noise level at each training timestep, ascending, [T]."""
+    return model.get_model_object("model_sampling").sigmas
+
+
+def prediction_type_of(model: ModelPatcher) -> PredictionType:
+    """What the network predicts. Raises ValueError when neither noise nor velocity on a discrete schedule."""
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        if not isinstance(sampling, (comfy.model_sampling.X0, comfy.model_sampling.EDM)):
+            if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+                return "v_prediction"
+            if isinstance(sampling, comfy.model_sampling.EPS):
+                return "epsilon"
+    bases = "/".join(base.__name__ for base in type(sampling).__mro__[1:3])
+    raise ValueError(
+        f"this MODEL's sampling is {bases}; Tune-A-Video needs one that predicts noise (epsilon) or velocity "
+        "(v_prediction) on SD's timesteps. Remove the LCM or other model sampling node before it."
+    )
+
+
+def build_model(
+    unet_config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    prediction_type: PredictionType = "epsilon",
+    heads: Mapping[str, int] | None = None,
+) -> ModelPatcher:
+    """A float32 MODEL of SD1.x form and any width, from a `UNetModel` configuration and its state dict.
+
+    Args:
+        heads: attention heads by name of transformer block, where they differ from the configuration's.
+    Raises ValueError when names or shapes do not fit the configuration.
+    """
+    config = comfy.supported_models.SD15({**unet_config})
+    config.unet_config = {**unet_config, "dtype": torch.float32}
+    types = comfy.model_base.ModelType
+    base = comfy.model_base.BaseModel(
+        config, model_type=types.EPS if prediction_type == "epsilon" else types.V_PREDICTION
+    )
+    try:
+        base.diffusion_model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"these weights do not fit the UNet's configuration: {error}") from None
+    for name, block in parts_of(base.diffusion_model).blocks.items():
+        set_heads(block, (heads or {}).get(name, block.n_heads))
+    return ModelPatcher(
+        base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
+
+
+def set_heads(block: nn.Module, heads: int) -> None:
+    """Split a transformer block's width among another number of heads."""
+    block.d_head = block.n_heads * block.d_head // heads
+    block.n_heads = heads
+    for attention in (block.attn1, block.attn2):
+        attention.heads, attention.dim_head = heads, block.d_head
+
+
+def published_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the 2D UNet's tensors in a diffusers folder → the host's names."""
+    return comfy.utils.unet_to_diffusers(unet_config)
+
+
+def load(model: ModelPatcher) -> None:
+    """Have the host bring a model and what belongs to it onto its device."""
+    comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
+
+
+# --- inflate ----------------------------------------------------------------------------------------------------
+
+
+def inflation_of(model: ModelPatcher) -> Inflation:
+    """What an inflated MODEL carries. Raises ValueError when it is not inflated."""
+    inflation = model.attachments.get(KEY)
+    if inflation is None:
+        raise ValueError("this MODEL is not inflated: connect it through the Inflate UNet node first.")
+    return inflation
+
+
+def inflate(model: ModelPatcher, group_norm: str) -> ModelPatcher:
+    """A clone of `model` whose UNet treats its batch as the frames of a video.
+
+    Untuned, it differs from the image model by sparse-causal attention and by `group_norm` only.
+
+    Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
+    """
+    unet = unet_of(model)
+    prediction_type_of(model)
+    if KEY in model.attachments:
+        raise ValueError("this MODEL is inflated already: connect the checkpoint's own MODEL to Inflate UNet.")
+    temporal = TemporalLayers(parts_of(unet))
+    temporal.reset()
+    return with_inflation(model, Inflation(temporal, group_norm))
+
+
+def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
+    """A clone of `model` that carries `inflation`, instead of any that it had."""
+    temporal = inflation.temporal.requires_grad_(False).to(inference_dtype(model))
+    # A patcher of their own: the host counts, loads and offloads the new layers like any other model.
+    patcher = ModelPatcher(temporal, model.load_device, model.offload_device)
+    if hasattr(patcher, "cached_patcher_init"):
+        # Newer hosts rebuild a model for each further GPU through this factory.
+        patcher.cached_patcher_init = (lambda *_args, **_kwargs: patcher.clone(), ())
+    clone = model.clone()
+    clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY)
+    clone.add_wrapper_with_key(
+        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, _video_call(temporal, inflation.group_norm)
+    )
+    clone.set_additional_models(KEY, [patcher])
+    clone.set_attachments(KEY, inflation)
+    return clone
+
+
+def inference_dtype(model: ModelPatcher) -> torch.dtype:
+    """The dtype in which the host runs the model's UNet."""
+    return model.get_model_object("manual_cast_dtype") or model.model_dtype()
+
+
+def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tensor]:
+    """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
+
+    def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        if "context_window" in transformer_options:
+            raise ValueError(_CONTEXT_WINDOWS)
+        # The batch holds whole videos, one for each prompt that is computed in this call.
+        frames = x.shape[0] // len(transformer_options.get("cond_or_uncond", (0,)))
+        # The executor's own module, not the base model's: with several GPUs each has its copy.
+        with inflated(parts_of(executor.class_obj), temporal, frames, group_norm):
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    return wrapper
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+_CONTEXT_WINDOWS = (
+    "context windows cut the video into pieces, but Tune-A-Video's attention needs all its frames at once. "
+    "Remove the context windows node from this MODEL."
+)
+
+
+def check_inputs(
+    model: ModelPatcher, latent: Mapping[str, Any], min_frames: int = 1, **prompts: Conditioning
+) -> Tensor:
+    """The clip's latents [f, c, h, w], after all that can be checked before long work begins was checked.
+
+    Raises ValueError saying what is wrong, what was expected and what to do.
+    """
+    unet = unet_of(model)
+    inflation = inflation_of(model)
+    prediction_type_of(model)
+    if "context_handler" in model.model_options:
+        raise ValueError(_CONTEXT_WINDOWS)
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or samples.ndim != 4:
+        raise ValueError(
+            f"the latents have shape {tuple(samples.shape)}; expected [frames, channels, height, width], as "
+            "VAE Encode of an SD checkpoint makes them from a batch of frames."
+        )
+    frames, channels = samples.shape[:2]
+    if channels != unet.in_channels:
+        raise ValueError(
+            f"the latents have {channels} channels, this MODEL's have {unet.in_channels}: encode the frames with "
+            "the VAE of the same checkpoint."
+        )
+    if frames < min_frames:
+        raise ValueError(
+            f"the clip has {frames} frame{'s' * (frames != 1)}; at least {min_frames} are needed (the paper uses "
+            "24 to 32). Raise count in Prepare Clip."
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError("the latents hold NaN or infinite values: check the VAE (try it in fp32) and the frames.")
+    if inflation.frames not in (None, frames):
+        raise ValueError(
+            f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
+            "it was tuned on, or tune on this one."
+        )
+    for name, conditioning in prompts.items():
+        _check_conditioning(name, conditioning, unet, frames)
+    return samples
+
+
+def _check_conditioning(name: str, conditioning: Conditioning, unet: UNetModel, frames: int) -> None:
+    if not conditioning:
+        raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
+    width = next(block.attn2.to_k.in_features for block in parts_of(unet).blocks.values())
+    for entry in conditioning:
+        batch, _tokens, channels = entry[0].shape
+        if batch not in (1, frames):
+            raise ValueError(
+                f"{name} has a batch of {batch} prompts; expected 1 for the whole clip, or {frames}, one a frame."
+            )
+        if channels != width:
+            raise ValueError(
+                f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
+            )
+
+
+# --- tune -------------------------------------------------------------------------------------------------------
+
+
+class _PlainOps:
+    """Layers for a UNet of our own: torch's, without the host's casting and offloading."""
+
+    Linear, Conv2d, Conv3d, GroupNorm, LayerNorm = nn.Linear, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm
+    Embedding = nn.Embedding
+
+    @staticmethod
+    def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+        return {2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
+
+
+class TrainingUNet:
+    """A private, differentiable copy of an inflated MODEL: same architecture, own weights.
+
+    The host's parameters are inference tensors, may be half-loaded, quantised or shared with other branches of
+    the graph; here none of them is touched. Build and use it outside inference mode.
+
+    Args:
+        frames: f of every batch.
+        precision: "fp32", or "bf16": frozen weights in bfloat16 under autocast, trained ones in float32.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(self, model: ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool):
+        inflation = inflation_of(model)
+        host_unet = unet_of(model)
+        self.device = model.load_device
+        self.autocast = precision == "bf16"
+        frozen = torch.bfloat16 if self.autocast else torch.float32
+        config = {**model.model.model_config.unet_config, "dtype": frozen}
+        # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
+        self.unet = type(host_unet)(**config, device="meta", operations=_PlainOps)
+        weights = {
+            name: weight if trains(name) else weight.to(frozen)
+            for name, weight in effective_weights(model, self.device)
+        }
+        self.unet.load_state_dict(weights, strict=True, assign=True)
+        self.unet.requires_grad_(False).eval()
+        parts = parts_of(self.unet)
+        # The host's UNet may have heads that its configuration cannot express.
+        for name, block in parts_of(host_unet).blocks.items():
+            set_heads(parts.blocks[name], block.n_heads)
+
+        self.temporal = TemporalLayers(parts, device=self.device)
+        self.temporal.assign(inflation.temporal.named())
+        self.temporal.requires_grad_(False).eval()
+        # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
+        attach(parts, self.temporal, frames, inflation.group_norm)
+        if gradient_checkpointing:
+            checkpoint_stages(parts)
+
+        named = {**dict(self.unet.named_parameters()), **self.temporal.named()}
+        self.trainable = {name: parameter.requires_grad_() for name, parameter in named.items() if trains(name)}
+
+    def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
+        """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
+        options = {"cond_or_uncond": [0], "optimized_attention_override": sdpa_override}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
+            return self.unet(latents, t, context=context, transformer_options=options)
+
+
+def effective_weights(model: ModelPatcher, device: torch.device):
+    """Yield (name, float32 tensor of our own on `device`) of each UNet weight, as the host would run it.
+
+    Patches (LoRA, merges, earlier tunes) are applied; the model itself is not loaded, patched or changed.
+    """
+    for key, ((weight, convert), *patches) in model.get_key_patches(UNET).items():
+        own = convert(weight.detach().to(device, torch.float32, copy=True), inplace=True)
+        if patches:
+            own = comfy.lora.calculate_weight(patches, own, key)
+        yield key.removeprefix(UNET), own
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device has it in hardware, else fp32."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and comfy.model_management.should_use_bf16(device) else "fp32"
+    return precision
+
+
+def one_shot_tune(
+    model: ModelPatcher,
+    latent: Mapping[str, Any],
+    caption: Conditioning,
+    recipe: Recipe,
+    precision: str,
+    gradient_checkpointing: bool,
+    on_step: Callable[[Step], None],
+    draws=None,
+) -> TunedWeights:
+    """Tune an inflated model on one clip; the model itself is unchanged.
+
+    Args:
+        latent: LATENT of the clip, at least two frames.
+        caption: CONDITIONING with one entry.
+        precision: "auto", "fp32" or "bf16".
+        on_step: called after each step. The host's interrupt is honoured after each step, too.
+        draws: noise and timesteps; by default those of `recipe.seed`.
+    """
+    samples = check_inputs(model, latent, min_frames=2, caption=caption)
+    if len(caption) != 1:
+        raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    frames = samples.shape[0]
+    inflation = inflation_of(model)
+    prediction_type = prediction_type_of(model)
+    device = model.load_device
+
+    def interruptible(step: Step) -> None:
+        on_step(step)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
+    with torch.inference_mode(False), torch.enable_grad():
+        latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
+        context = caption[0][0].detach().clone().to(device, torch.float32).expand(frames, -1, -1)
+        sigmas = model_sigmas(model).detach().clone().cpu()
+        if device.type != "cpu":
+            comfy.model_management.unload_all_models()
+        network = TrainingUNet(model, frames, resolve_precision(precision, device), gradient_checkpointing)
+        before = {name: p.detach().clone() for name, p in network.trainable.items() if ".attn_temp." not in name}
+        count = sum(parameter.numel() for parameter in network.trainable.values())
+        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+        losses: list[float] = []
+        tune(
+            predict=lambda noisy, timestep: network(noisy, timestep, context),
+            trainable=network.trainable,
+            latents=latents,
+            sigmas=sigmas,
+            prediction_type=prediction_type,
+            recipe=recipe,
+            draws=draws if draws is not None else draw(latents.shape, len(sigmas), recipe.seed),
+            on_step=lambda step: (losses.append(step.loss), interruptible(step)),
+        )
+        return TunedWeights(
+            queries={name: (network.trainable[name].detach() - old).cpu() for name, old in before.items()},
+            temporal={name: p.detach().cpu().clone() for name, p in network.temporal.named().items()},
+            frames=frames,
+            group_norm=inflation.group_norm,
+            losses=losses,
+        )
+
+
+def apply_weights(model: ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0) -> ModelPatcher:
+    """A clone of an inflated model with tuned weights; the base weights are patched by the host, and only while loaded.
+
+    Args:
+        motion: strength of the temporal attention.
+        content: strength of the change in the queries.
+    Raises ValueError when the weights belong to another UNet.
+    """
+    temporal = TemporalLayers(parts_of(unet_of(model)))
+    temporal.assign(weights.temporal)
+    for layer in temporal.layers:
+        for parameter in layer.attn_temp.to_out.parameters():
+            parameter.data *= motion
+    tuned = with_inflation(model, Inflation(temporal, weights.group_norm, weights.frames))
+    patches = {f"{UNET}{name}": ("diff", (delta,)) for name, delta in weights.queries.items()}
+    if rejected := patches.keys() - set(tuned.add_patches(patches, strength_patch=content)):
+        raise ValueError(
+            f"{len(rejected)} of {len(patches)} tuned queries do not exist in this MODEL, the first is "
+            f"{min(rejected)}. Use weights that were tuned on this model's family."
+        )
+    return tuned
+
+
+# --- invert and sample ------------------------------------------------------------------------------------------
+
+
+def run_sampler(
+    model: ModelPatcher,
+    samples: Tensor,
+    sigmas: Tensor,
+    positive: Conditioning,
+    negative: Conditioning,
+    cfg: float,
+    callback: Callable[[int, Tensor, Tensor, int], None],
+) -> Tensor:
+    """Follow `sigmas` with `ddim.sample_ddim` through the host's guider; LATENT samples in, LATENT samples out.
+
+    Args:
+        callback: the host's: step, denoised, x, number of steps. Called before each step is taken.
+    """
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+
+    def interruptible(*args: Any) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        callback(*args)
+
+    out = guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(ddim.sample_ddim),
+        sigmas,
+        callback=interruptible,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    )
+    return out.to(comfy.model_management.intermediate_device())
+
+
+def invert(
+    model: ModelPatcher, latent: Mapping[str, Any], prompt: Conditioning, steps: int, callback=None
+) -> tuple[dict[str, Any], InvertedNoise, Tensor]:
+    """DDIM inversion of a clip: the noisy LATENT, the same as NOISE for the core's custom sampler, and its SIGMAS.
+
+    The LATENT is in sigma space, as the host's own samplers leave unfinished latents. The sigmas descend to 0.
+    """
+    samples = check_inputs(model, latent, prompt=prompt)
+    sigmas = ddim.ddim_sigmas(model_sigmas(model), steps)
+    out = run_sampler(model, samples, sigmas, prompt, prompt, 1.0, callback or preview_callback(model, steps))
+    inverted = {"samples": out, KEY: {"steps": steps}}
+    descending = torch.cat([sigmas[1:].flip(0), sigmas.new_zeros(1)])
+    return inverted, InvertedNoise(model, out, float(sigmas[-1])), descending
+
+
+def sample_video(
+    model: ModelPatcher,
+    latent: Mapping[str, Any],
+    positive: Conditioning,
+    negative: Conditioning,
+    steps: int,
+    cfg: float,
+    callback=None,
+) -> dict[str, Any]:
+    """DDIM sampling from inverted latents; LATENT of the edited clip."""
+    samples = check_inputs(model, latent, positive=positive, negative=negative)
+    inverted_steps = latent.get(KEY, {}).get("steps", steps)
+    if inverted_steps != steps:
+        raise ValueError(
+            f"the latents were inverted in {inverted_steps} steps, but steps is {steps} here: the noise levels would "
+            "not meet. Use the same number in both nodes."
+        )
+    sigmas = ddim.ddim_sigmas(model_sigmas(model), steps).flip(0)
+    out = run_sampler(model, samples, sigmas, positive, negative, cfg, callback or preview_callback(model, steps))
+    return {"samples": out}
+
+
+class InvertedNoise:
+    """NOISE from which the core's samplers start at the inverted latents, whatever latent image they are given."""
+
+    seed = 0
+
+    def __init__(self, model: ModelPatcher, inverted: Tensor, sigma: float):
+        self.model, self.inverted, self.sigma = model, inverted, sigma
+
+    def generate_noise(self, latent: Mapping[str, Any]) -> Tensor:
+        """The noise that the host scales and adds to `latent` to get the inverted latents.
+
+        Raises ValueError when the latents are of another shape.
+        """
+        image = latent["samples"]
+        if image.shape != self.inverted.shape:
+            raise ValueError(
+                f"the NOISE was inverted from latents of shape {tuple(self.inverted.shape)}, the latent image has "
+                f"{tuple(image.shape)}: both need the same frames and size."
+            )
+        sampling = self.model.get_model_object("model_sampling")
+        at_top = abs(self.sigma / float(sampling.sigma_max) - 1) < 1e-5
+        unit = sampling.noise_scaling(torch.tensor(self.sigma), torch.ones(1), torch.zeros(1), at_top)
+        process_in = self.model.model.process_latent_in
+        # The host leaves an all-zero latent image as it is.
+        start = process_in(image) if torch.count_nonzero(image) else image
+        return (process_in(self.inverted) - start.to(self.inverted)) / unit.to(self.inverted)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+
+
+def preview_callback(model: ModelPatcher, steps: int) -> Callable[[int, Tensor, Tensor, int], None]:
+    """The host's progress bar and latent preview for a sampling run."""
+    return latent_preview.prepare_callback(model, steps)
+
+
+def progress(steps: int) -> Callable[[int, Any], None]:
+    """The host's progress bar: call with the number of finished steps and a PIL picture (or None) to show."""
+    bar = comfy.utils.ProgressBar(steps)
+
+    def update(done: int, picture: Any = None) -> None:
+        bar.update_absolute(done, steps, ("JPEG", picture, 512) if picture is not None else None)
+
+    return update

@@ -1,0 +1,156 @@
+"""What is attached to an image UNet to make it a video UNet, and how (arXiv 2212.11565, section 3.2).
+
+All of it is forward hooks on the UNet's own modules, so no module is replaced and no state-dict key changes:
+
+- `attn1.to_k`, `attn1.to_v`: their outputs are regrouped for sparse-causal attention;
+- each transformer block: its output goes through temporal attention;
+- the group norms of the resnets and of the output (`group_norm="video"`): statistics over all frames of a
+  video, as in the reference, whose 5-D tensors are normalised at once; the transformers' entry norms stay per
+  frame there too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import TemporalAttention, sparse_causal
+
+GroupNormMode = Literal["video", "per_frame"]
+GROUP_NORM_MODES: tuple[str, ...] = get_args(GroupNormMode)
+
+
+@dataclass(frozen=True)
+class UNetParts:
+    """Where to attach, in one UNet.
+
+    Attributes:
+        blocks: transformer blocks by their name in the UNet; each has `attn1` and `n_heads`.
+        video_norms: the group norms that the reference computes over a whole video.
+        stages: the residual blocks and transformers, in which almost all activations live; gradient
+            checkpointing works on these.
+    """
+
+    blocks: Mapping[str, nn.Module]
+    video_norms: list[nn.Module]
+    stages: list[nn.Module]
+
+
+class TemporalLayers(nn.Module):
+    """One `TemporalAttention` for each transformer block, under the block's name.
+
+    Its parameters go by their published names, after the host's names of the blocks:
+    `input_blocks.1.1.transformer_blocks.0.attn_temp.to_q.weight`.
+    """
+
+    def __init__(self, parts: UNetParts, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.names = list(parts.blocks)
+        # Built without weights (call `reset` or `assign`): torch's own initialisation would draw from the global
+        # random state, on which other nodes of the graph depend.
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(
+                TemporalAttention(block.norm1.normalized_shape[0], block.n_heads) for block in parts.blocks.values()
+            )
+        self.to_empty(device=device)
+
+    def reset(self, seed: int = 0) -> None:
+        """Make every layer an identity, with projections drawn from a generator of its own."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for layer in self.layers:
+            layer.reset(generator)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Parameters by published name."""
+        return {
+            f"{name}.{key}": parameter
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for key, parameter in layer.named_parameters()
+        }
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors`, by published name, into the parameters. Raises ValueError when names or shapes differ."""
+        own = self.named()
+        if missing := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(
+                f"these temporal weights belong to another UNet: {len(missing)} names differ, the first is "
+                f"{missing[0]}. Use weights that were tuned on this model's family."
+            )
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"temporal weight {name} has shape {tuple(tensors[name].shape)}, this model needs "
+                    f"{tuple(parameter.shape)}. Use weights that were tuned on this model's family."
+                )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+
+def attach(parts: UNetParts, temporal: TemporalLayers, frames: int, group_norm: str) -> list[Any]:
+    """Register the hooks on one UNet; returns their handles, whose `remove()` restores it."""
+    handles = []
+
+    def regroup(_module: nn.Module, _args: tuple[Tensor, ...], kv: Tensor) -> Tensor:
+        if kv.shape[0] % frames:
+            raise ValueError(
+                f"another node cut the batch of {frames} frames into {kv.shape[0]} pieces before self-attention "
+                "(HyperTile does); remove it from the model, sparse-causal attention needs whole frames."
+            )
+        return sparse_causal(kv, frames)
+
+    for block, layer in zip(parts.blocks.values(), temporal.layers, strict=True):
+        handles.append(block.attn1.to_k.register_forward_hook(regroup))
+        handles.append(block.attn1.to_v.register_forward_hook(regroup))
+        handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: layer(out, frames)))
+
+    if group_norm == "video" and frames > 1:
+        for norm in parts.video_norms:
+            # Frames side by side make one tall picture: the module itself then normalises the whole video,
+            # with whatever its host does about casting its weights.
+            handles.append(
+                norm.register_forward_pre_hook(
+                    lambda _m, args: (rearrange(args[0], "(b f) c h w -> b c (f h) w", f=frames),)
+                )
+            )
+            handles.append(
+                norm.register_forward_hook(
+                    lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames)
+                )
+            )
+    return handles
+
+
+@contextmanager
+def inflated(parts: UNetParts, temporal: TemporalLayers, frames: int, group_norm: str) -> Iterator[None]:
+    """The UNet is a video UNet inside this block, and as it was after it, whatever happens."""
+    handles = attach(parts, temporal, frames, group_norm)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checkpoint_stages(parts: UNetParts) -> None:
+    """Make a *private* UNet recompute its stages in the backward pass instead of keeping their activations.
+
+    A stage's options dict is copied for each call: the UNet changes it in place from block to block, so a
+    recomputation would otherwise see the last block's and silently give wrong gradients.
+    """
+    for stage in parts.stages:
+        stage.forward = _checkpointed(stage.forward)
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        snapshot = [dict(arg) if isinstance(arg, dict) else arg for arg in args]
+        # The UNet draws no random numbers, so there is no random state to preserve.
+        return checkpoint(forward, *snapshot, use_reentrant=False, preserve_rng_state=False)
+
+    return run

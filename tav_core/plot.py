@@ -1,0 +1,46 @@
+"""The loss curve, drawn while a tune runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INK, GRID, RAW, SMOOTH = "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
+MARGIN_LEFT, MARGIN = 64, 28
+
+
+def loss_curve(losses: Sequence[float], steps: int, width: int = 512, height: int = 320) -> Image:
+    """A picture of the loss of each step so far, raw and as an exponential mean, on an axis of `steps`.
+
+    A single step's loss mostly shows which timestep was drawn; the mean shows the training.
+    """
+    # Imported here: drawing is needed by one node only, importing the pack must stay quick.
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (width, height), "#1e1e1e")
+    draw = ImageDraw.Draw(picture)
+    top = max(losses, default=1.0) * 1.05 or 1.0
+    right, bottom = width - MARGIN, height - MARGIN
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        x = MARGIN_LEFT + (right - MARGIN_LEFT) * step / max(steps, 1)
+        return x, bottom - (bottom - MARGIN) * loss / top
+
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        y = at(0, top * part)[1]
+        draw.line([(MARGIN_LEFT, y), (right, y)], fill=GRID)
+        draw.text((MARGIN_LEFT - 6, y), f"{top * part:.3g}", fill=INK, anchor="rm")
+        x = at(steps * part, 0)[0]
+        draw.text((x, bottom + 6), f"{steps * part:g}", fill=INK, anchor="ma")
+    if losses:
+        means, mean = [], losses[0]
+        for loss in losses:
+            mean += (loss - mean) * max(0.05, 1 / (len(means) + 1))
+            means.append(mean)
+        for values, colour, thickness in ((losses, RAW, 1), (means, SMOOTH, 2)):
+            draw.line([at(i + 1, value) for i, value in enumerate(values)], fill=colour, width=thickness)
+        draw.text((right, 6), f"step {len(losses)} of {steps}   loss {means[-1]:.4f}", fill=INK, anchor="ra")
+    return picture

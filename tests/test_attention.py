@@ -1,0 +1,63 @@
+"""The two attentions against a reader's version of them: plain loops over frames and tokens."""
+
+import pytest
+import torch
+from tune_a_video.tav_core.attention import TemporalAttention, sparse_causal
+
+HEADS, DIM = 2, 8
+
+
+def naive(q, k, v):
+    """Attention of `n c` queries on `m c` keys, one head and one query at a time."""
+    out = torch.zeros_like(q)
+    for head in range(HEADS):
+        part = slice(head * DIM // HEADS, (head + 1) * DIM // HEADS)
+        for i in range(len(q)):
+            scores = torch.stack([q[i, part] @ key[part] for key in k]) / (DIM // HEADS) ** 0.5
+            out[i, part] = torch.softmax(scores, 0) @ v[:, part]
+    return out
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("videos", [1, 2])
+def test_sparse_causal_attends_to_first_and_previous_frame(frames, videos):
+    q, k, v = torch.randn(3, videos * frames, 4, DIM, dtype=torch.float64)
+    keys, values = sparse_causal(k, frames), sparse_causal(v, frames)
+    for video in range(videos):
+        for frame in range(frames):
+            own = video * frames + frame
+            first, previous = video * frames, video * frames + max(frame - 1, 0)
+            expected = naive(q[own], torch.cat([k[first], k[previous]]), torch.cat([v[first], v[previous]]))
+            torch.testing.assert_close(naive(q[own], keys[own], values[own]), expected)
+
+
+def test_temporal_attention_starts_as_an_exact_identity():
+    layer = TemporalAttention(DIM, HEADS)
+    layer.reset(torch.Generator().manual_seed(0))
+    x = torch.randn(6, 4, DIM)
+    assert torch.equal(layer(x, frames=3), x)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_temporal_attention_is_over_frames_at_each_position(frames):
+    layer = TemporalAttention(DIM, HEADS).double()
+    x = torch.randn(2 * frames, 4, DIM, dtype=torch.float64)
+    attention, norm = layer.attn_temp, layer.norm_temp
+    expected = x.clone()
+    for video in range(2):
+        for token in range(4):
+            h = norm(x[video * frames : (video + 1) * frames, token])
+            out = naive(attention.to_q(h), attention.to_k(h), attention.to_v(h))
+            expected[video * frames : (video + 1) * frames, token] += attention.to_out(out)
+    torch.testing.assert_close(layer(x, frames), expected)
+
+
+def test_reset_draws_from_its_own_generator_and_at_torchs_scale():
+    state = torch.get_rng_state()
+    layer = TemporalAttention(64, 4)
+    torch.set_rng_state(state)
+    layer.reset(torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    bound = 64**-0.5
+    for projection in (layer.attn_temp.to_q, layer.attn_temp.to_k, layer.attn_temp.to_v):
+        assert 0.9 * bound < projection.weight.abs().max() <= bound

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tune_a_video.tav_core.clip import FITS, prepare_clip
+
+VIDEO = torch.rand(12, 20, 30, 3, generator=torch.Generator().manual_seed(0))
+
+
+@given(
+    start=st.integers(0, 15),
+    stride=st.integers(1, 6),
+    count=st.integers(1, 15),
+    fit=st.sampled_from(FITS),
+    size=st.tuples(st.sampled_from([8, 16, 40]), st.sampled_from([8, 16, 40])),
+)
+def test_takes_the_frames_it_says_or_says_what_fits(start, stride, count, fit, size):
+    wanted = [start + i * stride for i in range(count)]
+    if wanted[-1] >= len(VIDEO):
+        with pytest.raises(ValueError, match="largest count is|last start is"):
+            prepare_clip(VIDEO, start, stride, count, *size, fit)
+        return
+    clip = prepare_clip(VIDEO, start, stride, count, *size, fit)
+    assert clip.shape == (count, size[1], size[0], 3)
+    assert clip.min() >= 0 and clip.max() <= 1
+    for i, frame in enumerate(wanted):
+        torch.testing.assert_close(clip[i : i + 1], prepare_clip(VIDEO[frame : frame + 1], 0, 1, 1, *size, fit))
+
+
+def test_error_names_the_largest_count_and_stride_that_fit():
+    with pytest.raises(ValueError, match=r"need 21 frames, the video has 12\. .* count is 3; for 5 .* stride is 2\."):
+        prepare_clip(VIDEO, 0, 5, 5, 8, 8, "crop")
+    prepare_clip(VIDEO, 0, 5, 3, 8, 8, "crop")
+    prepare_clip(VIDEO, 0, 2, 5, 8, 8, "crop")
+
+
+def test_fits():
+    wide = torch.ones(1, 8, 16, 3)
+    pad = prepare_clip(wide, 0, 1, 1, 16, 16, "pad")[0, :, :, 0]
+    assert torch.equal(pad[:4], torch.zeros(4, 16)) and torch.equal(pad[4:12], torch.ones(8, 16))
+    ramp = torch.linspace(0, 1, 16).expand(1, 8, 16)[..., None].expand(1, 8, 16, 3)
+    crop = prepare_clip(ramp, 0, 1, 1, 8, 8, "crop")
+    torch.testing.assert_close(crop, ramp[:, :, 4:12])
+    stretch = prepare_clip(ramp, 0, 1, 1, 8, 8, "stretch")[0, 0, :, 0]
+    assert stretch[0] < 0.1 and stretch[-1] > 0.9
+
+
+@pytest.mark.parametrize(("width", "advice"), [(500, "496 or 504"), (4, "8 or 16"), (0, "8 or 16")])
+def test_sizes_must_be_multiples_of_eight(width, advice):
+    with pytest.raises(ValueError, match=advice):
+        prepare_clip(VIDEO, 0, 1, 1, width, 8, "crop")
+
+
+def test_no_frames():
+    with pytest.raises(ValueError, match="there are no frames"):
+        prepare_clip(VIDEO[:0], 0, 1, 1, 8, 8, "crop")

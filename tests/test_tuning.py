@@ -1,0 +1,255 @@
+"""One-shot tuning on the host's own UNet."""
+
+import comfy.model_management
+import pytest
+import torch
+from tune_a_video.tav_core import host, published, tuning
+from tune_a_video.tav_core.inflation import TemporalLayers
+from tune_a_video.tav_core.tuning import Recipe, Step
+
+SD15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+}
+
+
+def tuned(model, clip, prompts, steps=3, precision="fp32", checkpointing=True, on_step=lambda _step: None, **recipe):
+    """Tune inside inference mode, as nodes run."""
+    with torch.inference_mode():
+        return host.one_shot_tune(
+            model, clip, prompts[1], Recipe(steps, **recipe), precision, checkpointing, on_step
+        )
+
+
+def equal(a, b):
+    return all(torch.equal(a.queries[k], b.queries[k]) for k in a.queries) and all(
+        torch.equal(a.temporal[k], b.temporal[k]) for k in a.temporal
+    )
+
+
+def test_same_seed_gives_the_same_result_and_disturbs_nobody(inflated, clip, prompts, unchanged):
+    state = torch.get_rng_state()
+    with unchanged(inflated):
+        first = tuned(inflated, clip, prompts)
+        torch.manual_seed(99)
+        second = tuned(inflated, clip, prompts)
+        torch.set_rng_state(state)
+        other = tuned(inflated, clip, prompts, seed=34)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(first, second) and first.losses == second.losses
+    assert not equal(first, other)
+
+
+def test_every_trainable_tensor_trains_and_no_other(inflated, clip, prompts):
+    weights = tuned(inflated, clip, prompts, steps=2)
+    start = host.inflation_of(inflated).temporal.named()
+    assert all(delta.any() for delta in weights.queries.values())
+    for name, tensor in weights.temporal.items():
+        assert torch.equal(tensor, start[name]) == ("norm_temp" in name), name
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in weights.queries.values())
+
+
+def test_stable_diffusion_1_trains_112_tensors_of_74_million_parameters():
+    config = published.unet_config(SD15)
+    with torch.device("meta"):
+        unet = host.UNetModel(**config, operations=host._PlainOps)
+    temporal = TemporalLayers(host.parts_of(unet), device="meta")
+    named = {**dict(unet.named_parameters()), **temporal.named()}
+    trainable = [p.numel() for name, p in named.items() if tuning.trains(name)]
+    assert len(trainable) == 112
+    assert round(sum(trainable) / 1e6, 2) == 74.35
+    assert round(sum(p.numel() for p in named.values()) / 1e6, 1) == 909.1
+
+
+def test_checkpointing_changes_nothing_but_memory(inflated, clip, prompts):
+    reports = []
+    for checkpointing in (False, True):
+        steps: list[Step] = []
+        weights = tuned(inflated, clip, prompts, checkpointing=checkpointing, on_step=steps.append)
+        reports.append((weights, [step.grad_norm for step in steps]))
+    (plain, norms), (recomputed, norms_again) = reports
+    assert norms == pytest.approx(norms_again, rel=1e-5)
+    for name, delta in plain.queries.items():
+        torch.testing.assert_close(recomputed.queries[name], delta, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_gradients_by_finite_differences(make_model, prediction_type, linear):
+    """In float64, through the host's UNet with everything attached, checkpointed."""
+    model = make_model(prediction_type=prediction_type, use_linear_projection=linear)
+    layers = TemporalLayers(host.parts_of(host.unet_of(model)))
+    generator = torch.Generator().manual_seed(4)
+    layers.assign({name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in layers.named().items()})
+    network = host.TrainingUNet(host.with_inflation(model, host.Inflation(layers, "video")), 3, "fp32", True)
+    network.unet.double()
+    network.unet.dtype = torch.float64
+    network.temporal.double()
+    trainable = {
+        **{name: p for name, p in network.unet.named_parameters() if p.requires_grad},
+        **{name: p for name, p in network.temporal.named().items() if p.requires_grad},
+    }
+    x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
+    context = torch.randn(3, 7, 16, generator=generator, dtype=torch.float64)
+    noisy, target = tuning.diffuse(x, noise, 1.5, prediction_type)
+
+    def loss():
+        return ((network(noisy, 500, context) - target) ** 2).mean()
+
+    loss().backward()
+    for name in sorted(trainable)[::3]:
+        parameter = trainable[name]
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            values = []
+            for step in (1e-4, -2e-4):
+                parameter += step * direction
+                values.append(float(loss()))
+            parameter += 1e-4 * direction
+        numeric = (values[0] - values[1]) / 2e-4
+        assert float((parameter.grad * direction).sum()) == pytest.approx(numeric, rel=1e-4, abs=1e-9), name
+
+
+def test_diffuse_is_the_schedulers_forward_process():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    x, noise = torch.randn(2, 3, 4, 8, 8)
+    for timestep in (0, 1, 500, 999):
+        alpha = scheduler.alphas_cumprod[timestep]
+        t = torch.tensor([timestep])
+        for kind, target in (("epsilon", noise), ("v_prediction", scheduler.get_velocity(x, noise, t))):
+            noisy, wanted = tuning.diffuse(x, noise, float(((1 - alpha) / alpha).sqrt()), kind)
+            torch.testing.assert_close(noisy, scheduler.add_noise(x, noise, t))
+            torch.testing.assert_close(wanted, target)
+
+
+def test_draws_cover_all_timesteps_and_are_independent_per_frame():
+    draws = tuning.draw(torch.Size([2, 1, 2, 2]), 10, seed=0)
+    noises, timesteps = zip(*(next(draws) for _ in range(400)), strict=True)
+    assert set(timesteps) == set(range(10))
+    noise = torch.stack(noises).flatten(2)
+    assert abs(torch.corrcoef(torch.stack([noise[:, 0].flatten(), noise[:, 1].flatten()]))[0, 1]) < 0.1
+
+
+def test_learns_the_clip(inflated, clip, prompts):
+    losses = tuned(inflated, clip, prompts, steps=60, learning_rate=3e-3).losses
+    assert sum(losses[-15:]) < 0.8 * sum(losses[:15])
+
+
+def test_lora_composes_and_strength_scales_and_all_is_restored(inflated, clip, prompts, unchanged):
+    weights = tuned(inflated, clip, prompts, learning_rate=1e-2)
+    name = next(iter(weights.queries))
+    key = f"diffusion_model.{name}"
+    base = inflated.model.state_dict()[key].clone()
+    lora = torch.full_like(base, 0.25)
+    with unchanged(inflated):
+        styled = inflated.clone()
+        styled.add_patches({key: ("diff", (lora,))}, 0.5)
+        both = host.apply_weights(styled, weights, content=2.0)
+        host.load(both)
+        loaded = both.model.state_dict()[key]
+        torch.testing.assert_close(loaded, base + 0.5 * lora + 2 * weights.queries[name])
+        restored = both.unpatch_model(both.offload_device).state_dict()
+        assert torch.equal(restored[key], base)
+
+
+def test_tuning_starts_from_the_effective_weights(inflated, clip, prompts):
+    """A LoRA in front of the tune is part of the model that is tuned."""
+    styled = inflated.clone()
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
+    styled.add_patches({key: ("diff", (torch.ones_like(inflated.model.state_dict()[key]),))}, 0.3)
+    assert tuned(styled, clip, prompts, steps=1).losses != tuned(inflated, clip, prompts, steps=1).losses
+    # Whether the host has the patched model loaded makes no difference.
+    before = tuned(styled, clip, prompts)
+    host.load(styled)
+    assert equal(tuned(styled, clip, prompts), before)
+    host.load(inflated)
+    assert equal(tuned(styled, clip, prompts), before)
+
+
+def test_zero_strength_is_the_untuned_model(inflated, clip, prompts, core):
+    weights = tuned(inflated, clip, prompts, learning_rate=1e-2)
+
+    def out(model):
+        with torch.inference_mode():
+            return host.invert(model, clip, prompts[0], 3)[0]["samples"]
+
+    assert torch.equal(out(host.apply_weights(inflated, weights, 0.0, 0.0)), out(inflated))
+    strengths = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
+    outs = [out(host.apply_weights(inflated, weights, *strength)) for strength in strengths]
+    assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_interrupt_stops_within_a_step_and_leaves_a_usable_host(inflated, clip, prompts, unchanged):
+    seen: list[Step] = []
+
+    def press_cancel(step):
+        seen.append(step)
+        if step.number == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    with unchanged(inflated):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            tuned(inflated, clip, prompts, steps=50, on_step=press_cancel)
+        assert len(seen) == 2
+        assert len(tuned(inflated, clip, prompts, steps=2).losses) == 2
+
+
+@pytest.mark.parametrize("direction", ["invert", "sample"])
+def test_interrupt_stops_sampling_within_a_step(inflated, clip, prompts, direction, unchanged):
+    steps = []
+
+    def press_cancel(i, *_args):
+        steps.append(i)
+        comfy.model_management.interrupt_current_processing()
+
+    with unchanged(inflated), torch.inference_mode():
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            if direction == "invert":
+                host.invert(inflated, clip, prompts[0], 20, press_cancel)
+            else:
+                host.sample_video(inflated, clip, prompts[1], prompts[0], 20, 5.0, press_cancel)
+    assert steps == [0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_tune(inflated, clip, prompts, unchanged):
+    huge = {"samples": clip["samples"] * 1e25}
+    with unchanged(inflated), pytest.raises(FloatingPointError, match="at step 1.*Lower learning_rate"):
+        tuned(inflated, huge, prompts)
+
+
+def test_half_precision_base_keeps_float32_deltas(make_model, clip, prompts):
+    model = make_model()
+    model.model.diffusion_model.half()
+    model.model.diffusion_model.dtype = torch.float16
+    weights = tuned(host.inflate(model, "video"), clip, prompts, learning_rate=1e-5)
+    delta = next(iter(weights.queries.values()))
+    assert delta.dtype == torch.float32 and 0 < delta.abs().max() < 1e-4
+
+
+def test_bf16_autocast_is_close_to_fp32(inflated, clip, prompts):
+    exact, fast = (tuned(inflated, clip, prompts, precision=precision) for precision in ("fp32", "bf16"))
+    assert fast.losses == pytest.approx(exact.losses, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 2.0},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": 0.0},
+    ],
+)
+def test_recipe_out_of_range(recipe):
+    with pytest.raises(ValueError, match=next(iter(recipe))):
+        Recipe(**recipe)
