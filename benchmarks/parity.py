@@ -113,8 +113,9 @@ def loops(model, golden):
     with torch.inference_mode():
         inverted, _, _ = host.invert(model, latent, uncond, steps, record(trace, sigmas))
     trace.append(into(inverted["samples"]) / (1 + sigmas[-1] ** 2).sqrt())
-    yield "ddim.inversion", max(
-        distance(ours, fold(theirs)) for ours, theirs in zip(trace, golden["ddim.inversion"], strict=True)
+    yield (
+        "ddim.inversion",
+        max(distance(ours, fold(theirs)) for ours, theirs in zip(trace, golden["ddim.inversion"], strict=True)),
     )
 
     # From the reference's own noise, so that the two figures are independent.
@@ -124,8 +125,9 @@ def loops(model, golden):
         latent = {"samples": out_of(start)}
         final = host.sample_video(model, latent, cond, uncond, steps, 12.5, record(trace, sigmas.flip(0)))
     trace = [*trace[1:], into(final["samples"])]
-    yield "ddim.sampling_cfg12.5", max(
-        distance(ours, fold(theirs)) for ours, theirs in zip(trace, golden["ddim.sampling_cfg12.5"], strict=True)
+    yield (
+        "ddim.sampling_cfg12.5",
+        max(distance(ours, fold(theirs)) for ours, theirs in zip(trace, golden["ddim.sampling_cfg12.5"], strict=True)),
     )
 
 

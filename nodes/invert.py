@@ -32,9 +32,7 @@ class DDIMInvert(io.ComfyNode):
                     display_name="inverted",
                     tooltip="The clip as noise, for Sample Video, or KSampler (Advanced) with add_noise disabled.",
                 ),
-                io.Noise.Output(
-                    "noise", display_name="noise", tooltip="The same as NOISE, for SamplerCustomAdvanced."
-                ),
+                io.Noise.Output("noise", display_name="noise", tooltip="The same as NOISE, for SamplerCustomAdvanced."),
                 io.Sigmas.Output(
                     "sigmas", display_name="sigmas", tooltip="The noise levels to sample, for SamplerCustomAdvanced."
                 ),

@@ -52,7 +52,7 @@ class OneShotTune(io.ComfyNode):
                     "precision",
                     options=["auto", "fp32", "bf16"],
                     default="auto",
-                    tooltip="bf16 halves memory and time on cards that have it; auto chooses. Trained weights stay fp32.",
+                    tooltip="bf16 halves memory and time on cards that have it; auto chooses. What trains stays fp32.",
                 ),
                 advanced(
                     io.Boolean,

@@ -52,8 +52,8 @@ class Attention(nn.Module):
             for layer in (self.to_q, self.to_k, self.to_v)
         )
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        project = self.to_out[0]
-        return F.linear(out, project.weight.to(x), project.bias.to(x))
+        weight, bias = self.to_out.parameters()
+        return F.linear(out, weight.to(x), bias.to(x))
 
 
 class TemporalAttention(nn.Module):

@@ -11,10 +11,8 @@ Fit = Literal["crop", "stretch", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
 
 
-def prepare_clip(
-    frames: Tensor, start: int, stride: int, count: int, width: int, height: int, fit: str
-) -> Tensor:
-    """Every `stride`-th frame from `start`, `count` of them, at `width` × `height` pixels.
+def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int, height: int, fit: str) -> Tensor:
+    """Every `stride`-th frame from `start`, `count` of them, at `width` by `height` pixels.
 
     Args:
         frames: IMAGE, [b, h, w, c], 0 to 1.

@@ -6,7 +6,7 @@ Host symbols used, and why:
   BasicTransformerBlock`, `SpatialTransformer`: to recognise a Stable Diffusion UNet and find where to attach.
 - `comfy.model_patcher.ModelPatcher`: `clone`, `add_wrapper_with_key`, `set_additional_models`, `set_attachments`,
   `add_patches`, `get_key_patches`, `get_model_object`: inflate and tune without touching the base model.
-- `comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL`: the wrapper around one UNet call.
+- `comfy.patcher_extension.WrappersMP`: the wrappers around one UNet call and around one sampling run.
 - `comfy.lora.calculate_weight`: the weights that the host would run, LoRAs merged.
 - `comfy.model_sampling`: epsilon, v-prediction or neither; the noise level of each timestep.
 - `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
@@ -90,31 +90,36 @@ def unet_of(model: ModelPatcher) -> UNetModel:
 
 def parts_of(unet: nn.Module) -> UNetParts:
     """Where to attach in a `UNetModel`."""
-    modules = dict(unet.named_modules())
+    modules: dict[str, Any] = dict(unet.named_modules())
     resnets = [module for module in modules.values() if isinstance(module, ResBlock)]
     transformers = [module for module in modules.values() if isinstance(module, SpatialTransformer)]
     norms = [norm for resnet in resnets for norm in (resnet.in_layers[0], resnet.out_layers[0])]
     return UNetParts(
         blocks={name: module for name, module in modules.items() if isinstance(module, BasicTransformerBlock)},
-        video_norms=[*norms, unet.out[0]],
+        video_norms=[*norms, modules["out.0"]],
         stages=[*resnets, *transformers],
     )
 
 
 def model_sigmas(model: ModelPatcher) -> Tensor:
     """The model's noise level at each training timestep, ascending, [T]."""
-    return model.get_model_object("model_sampling").sigmas
+    return sampling_of(model).sigmas
+
+
+def sampling_of(model: ModelPatcher) -> Any:
+    """The host's noise schedule of this model, as a model sampling node may have replaced it."""
+    return model.get_model_object("model_sampling")
 
 
 def prediction_type_of(model: ModelPatcher) -> PredictionType:
     """What the network predicts. Raises ValueError when neither noise nor velocity on a discrete schedule."""
-    sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
-        if not isinstance(sampling, (comfy.model_sampling.X0, comfy.model_sampling.EDM)):
-            if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-                return "v_prediction"
-            if isinstance(sampling, comfy.model_sampling.EPS):
-                return "epsilon"
+    sampling = sampling_of(model)
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if discrete and not isinstance(sampling, (comfy.model_sampling.X0, comfy.model_sampling.EDM)):
+        if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+            return "v_prediction"
+        if isinstance(sampling, comfy.model_sampling.EPS):
+            return "epsilon"
     bases = "/".join(base.__name__ for base in type(sampling).__mro__[1:3])
     raise ValueError(
         f"this MODEL's sampling is {bases}; Tune-A-Video needs one that predicts noise (epsilon) or velocity "
@@ -144,14 +149,13 @@ def build_model(
         base.diffusion_model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"these weights do not fit the UNet's configuration: {error}") from None
-    for name, block in parts_of(base.diffusion_model).blocks.items():
-        set_heads(block, (heads or {}).get(name, block.n_heads))
-    return ModelPatcher(
-        base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    )
+    blocks = parts_of(base.diffusion_model).blocks
+    for name, count in (heads or {}).items():
+        set_heads(blocks[name], count)
+    return ModelPatcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
-def set_heads(block: nn.Module, heads: int) -> None:
+def set_heads(block: Any, heads: int) -> None:
     """Split a transformer block's width among another number of heads."""
     block.d_head = block.n_heads * block.d_head // heads
     block.n_heads = heads
@@ -200,46 +204,57 @@ def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
     """A clone of `model` that carries `inflation`, instead of any that it had."""
     temporal = inflation.temporal.requires_grad_(False).to(inference_dtype(model))
     # A patcher of their own: the host counts, loads and offloads the new layers like any other model.
-    patcher = ModelPatcher(temporal, model.load_device, model.offload_device)
+    patcher: Any = ModelPatcher(temporal, model.load_device, model.offload_device)
     if hasattr(patcher, "cached_patcher_init"):
         # Newer hosts rebuild a model for each further GPU through this factory.
         patcher.cached_patcher_init = (lambda *_args, **_kwargs: patcher.clone(), ())
     clone = model.clone()
-    clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(
-        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, _video_call(temporal, inflation.group_norm)
-    )
+    wrappers = comfy.patcher_extension.WrappersMP
+    clone.remove_wrappers_with_key(wrappers.DIFFUSION_MODEL, KEY)
+    clone.remove_wrappers_with_key(wrappers.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _video_call(temporal, inflation.group_norm))
+    clone.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, _whole_video)
     clone.set_additional_models(KEY, [patcher])
     clone.set_attachments(KEY, inflation)
     return clone
 
 
-def inference_dtype(model: ModelPatcher) -> torch.dtype:
+def inference_dtype(model: ModelPatcher) -> Any:
     """The dtype in which the host runs the model's UNet."""
-    return model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    base: Any = model.model
+    return model.get_model_object("manual_cast_dtype") or base.get_dtype()
 
 
 def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tensor]:
     """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
-        if "context_window" in transformer_options:
-            raise ValueError(_CONTEXT_WINDOWS)
         # The batch holds whole videos, one for each prompt that is computed in this call.
-        frames = x.shape[0] // len(transformer_options.get("cond_or_uncond", (0,)))
+        videos = len(transformer_options.get("cond_or_uncond", (0,)))
         # The executor's own module, not the base model's: with several GPUs each has its copy.
-        with inflated(parts_of(executor.class_obj), temporal, frames, group_norm):
+        with inflated(parts_of(executor.class_obj), temporal, videos, x.shape[0] // videos, group_norm):
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     return wrapper
 
 
+def _whole_video(executor, noise, *args, **kwargs):
+    """A wrapper around one sampling run, any sampler's."""
+    _refuse_context_windows(executor.class_obj.model_options, noise.shape[0])
+    return executor(noise, *args, **kwargs)
+
+
 # --- checks -----------------------------------------------------------------------------------------------------
 
-_CONTEXT_WINDOWS = (
-    "context windows cut the video into pieces, but Tune-A-Video's attention needs all its frames at once. "
-    "Remove the context windows node from this MODEL."
-)
+
+def _refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> None:
+    handler = model_options.get("context_handler")
+    if handler is None or getattr(handler, "dim", 0) != 0 or getattr(handler, "context_length", 0) >= frames:
+        return
+    raise ValueError(
+        "context windows would cut the video into pieces, but Tune-A-Video's attention needs all its frames at "
+        "once. Remove the context windows node from this MODEL."
+    )
 
 
 def check_inputs(
@@ -252,8 +267,6 @@ def check_inputs(
     unet = unet_of(model)
     inflation = inflation_of(model)
     prediction_type_of(model)
-    if "context_handler" in model.model_options:
-        raise ValueError(_CONTEXT_WINDOWS)
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or samples.ndim != 4:
         raise ValueError(
@@ -261,6 +274,7 @@ def check_inputs(
             "VAE Encode of an SD checkpoint makes them from a batch of frames."
         )
     frames, channels = samples.shape[:2]
+    _refuse_context_windows(model.model_options, frames)
     if channels != unet.in_channels:
         raise ValueError(
             f"the latents have {channels} channels, this MODEL's have {unet.in_channels}: encode the frames with "
@@ -321,7 +335,7 @@ class TrainingUNet:
 
     Args:
         frames: f of every batch.
-        precision: "fp32", or "bf16": frozen weights in bfloat16 under autocast, trained ones in float32.
+        precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
@@ -333,9 +347,11 @@ class TrainingUNet:
         frozen = torch.bfloat16 if self.autocast else torch.float32
         config = {**model.model.model_config.unet_config, "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
-        self.unet = type(host_unet)(**config, device="meta", operations=_PlainOps)
+        operations: Any = _PlainOps
+        self.unet = type(host_unet)(**config, device="meta", operations=operations)
+        # Norms and biases stay in float32 too: not every device normalises in mixed precision.
         weights = {
-            name: weight if trains(name) else weight.to(frozen)
+            name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen)
             for name, weight in effective_weights(model, self.device)
         }
         self.unet.load_state_dict(weights, strict=True, assign=True)
@@ -349,12 +365,14 @@ class TrainingUNet:
         self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        attach(parts, self.temporal, frames, inflation.group_norm)
+        attach(parts, self.temporal, 1, frames, inflation.group_norm)
         if gradient_checkpointing:
             checkpoint_stages(parts)
 
         named = {**dict(self.unet.named_parameters()), **self.temporal.named()}
-        self.trainable = {name: parameter.requires_grad_() for name, parameter in named.items() if trains(name)}
+        self.trainable = {name: parameter for name, parameter in named.items() if trains(name)}
+        for parameter in self.trainable.values():
+            parameter.requires_grad_()
 
     def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
@@ -410,7 +428,10 @@ def one_shot_tune(
     prediction_type = prediction_type_of(model)
     device = model.load_device
 
+    losses: list[float] = []
+
     def interruptible(step: Step) -> None:
+        losses.append(step.loss)
         on_step(step)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -425,7 +446,6 @@ def one_shot_tune(
         before = {name: p.detach().clone() for name, p in network.trainable.items() if ".attn_temp." not in name}
         count = sum(parameter.numel() for parameter in network.trainable.values())
         log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-        losses: list[float] = []
         tune(
             predict=lambda noisy, timestep: network(noisy, timestep, context),
             trainable=network.trainable,
@@ -434,7 +454,7 @@ def one_shot_tune(
             prediction_type=prediction_type,
             recipe=recipe,
             draws=draws if draws is not None else draw(latents.shape, len(sigmas), recipe.seed),
-            on_step=lambda step: (losses.append(step.loss), interruptible(step)),
+            on_step=interruptible,
         )
         return TunedWeights(
             queries={name: (network.trainable[name].detach() - old).cpu() for name, old in before.items()},
@@ -445,7 +465,9 @@ def one_shot_tune(
         )
 
 
-def apply_weights(model: ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0) -> ModelPatcher:
+def apply_weights(
+    model: ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0
+) -> ModelPatcher:
     """A clone of an inflated model with tuned weights; the base weights are patched by the host, and only while loaded.
 
     Args:
@@ -561,7 +583,7 @@ class InvertedNoise:
                 f"the NOISE was inverted from latents of shape {tuple(self.inverted.shape)}, the latent image has "
                 f"{tuple(image.shape)}: both need the same frames and size."
             )
-        sampling = self.model.get_model_object("model_sampling")
+        sampling = sampling_of(self.model)
         at_top = abs(self.sigma / float(sampling.sigma_max) - 1) < 1e-5
         unit = sampling.noise_scaling(torch.tensor(self.sigma), torch.ones(1), torch.zeros(1), at_top)
         process_in = self.model.model.process_latent_in

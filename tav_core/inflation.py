@@ -36,9 +36,9 @@ class UNetParts:
             checkpointing works on these.
     """
 
-    blocks: Mapping[str, nn.Module]
-    video_norms: list[nn.Module]
-    stages: list[nn.Module]
+    blocks: Mapping[str, Any]
+    video_norms: list[Any]
+    stages: list[Any]
 
 
 class TemporalLayers(nn.Module):
@@ -47,6 +47,8 @@ class TemporalLayers(nn.Module):
     Its parameters go by their published names, after the host's names of the blocks:
     `input_blocks.1.1.transformer_blocks.0.attn_temp.to_q.weight`.
     """
+
+    layers: Any  # torch does not say what a ModuleList holds
 
     def __init__(self, parts: UNetParts, device: torch.device | str = "cpu"):
         super().__init__()
@@ -92,21 +94,25 @@ class TemporalLayers(nn.Module):
                 parameter.copy_(tensors[name])
 
 
-def attach(parts: UNetParts, temporal: TemporalLayers, frames: int, group_norm: str) -> list[Any]:
-    """Register the hooks on one UNet; returns their handles, whose `remove()` restores it."""
+def attach(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str) -> list[Any]:
+    """Register the hooks on one UNet, for a batch of `videos` of `frames` each.
+
+    Returns their handles, whose `remove()` restores the UNet.
+    """
     handles = []
 
-    def regroup(_module: nn.Module, _args: tuple[Tensor, ...], kv: Tensor) -> Tensor:
-        if kv.shape[0] % frames:
+    def whole(projected: Tensor) -> Tensor:
+        if projected.shape[0] != videos * frames:
             raise ValueError(
-                f"another node cut the batch of {frames} frames into {kv.shape[0]} pieces before self-attention "
-                "(HyperTile does); remove it from the model, sparse-causal attention needs whole frames."
+                f"another node cut the batch of {videos * frames} frames into {projected.shape[0]} pieces before "
+                "self-attention (HyperTile does); remove it from the model, sparse-causal attention needs whole frames."
             )
-        return sparse_causal(kv, frames)
+        return projected
 
     for block, layer in zip(parts.blocks.values(), temporal.layers, strict=True):
-        handles.append(block.attn1.to_k.register_forward_hook(regroup))
-        handles.append(block.attn1.to_v.register_forward_hook(regroup))
+        handles.append(block.attn1.to_q.register_forward_hook(lambda _m, _a, q: whole(q)))
+        for project in (block.attn1.to_k, block.attn1.to_v):
+            handles.append(project.register_forward_hook(lambda _m, _a, kv: sparse_causal(whole(kv), frames)))
         handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: layer(out, frames)))
 
     if group_norm == "video" and frames > 1:
@@ -119,17 +125,15 @@ def attach(parts: UNetParts, temporal: TemporalLayers, frames: int, group_norm: 
                 )
             )
             handles.append(
-                norm.register_forward_hook(
-                    lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames)
-                )
+                norm.register_forward_hook(lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames))
             )
     return handles
 
 
 @contextmanager
-def inflated(parts: UNetParts, temporal: TemporalLayers, frames: int, group_norm: str) -> Iterator[None]:
+def inflated(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str) -> Iterator[None]:
     """The UNet is a video UNet inside this block, and as it was after it, whatever happens."""
-    handles = attach(parts, temporal, frames, group_norm)
+    handles = attach(parts, temporal, videos, frames, group_norm)
     try:
         yield
     finally:

@@ -14,8 +14,9 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 from pack import load_pack  # noqa: E402
 
 load_pack()
-import nodes as core_nodes  # noqa: E402  (the host's)
 from tune_a_video.tav_core import host, published  # noqa: E402
+
+import nodes as core_nodes  # noqa: E402  (the host's)
 
 TINY = {
     "in_channels": 4,

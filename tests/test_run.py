@@ -123,9 +123,7 @@ def test_without_an_install_the_host_is_the_downloaded_one(run: ModuleType, tmp_
 # ---- which Python ---------------------------------------------------------------------------------------
 
 
-def test_the_hosts_python_in_order(
-    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hosts_python_in_order(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = tmp_path / "portable" / "ComfyUI"
     beside = tmp_path / "portable"
     places = [
@@ -205,9 +203,7 @@ def test_other_requirements_or_a_broken_python_remake_it(run: ModuleType, steps:
     assert len(steps) == 6
 
 
-def test_a_cut_off_set_up_is_made_afresh(
-    run: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_off_set_up_is_made_afresh(run: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     host = run.Host(run.STATE / "host")
 
     def cut_off(python: Path) -> None:
@@ -340,9 +336,7 @@ def test_an_existing_host_is_never_downloaded(run: ModuleType, download: Downloa
     assert download.count == 0
 
 
-def test_a_cut_off_download_is_an_error_and_the_next_run_recovers(
-    run: ModuleType, download: Download
-) -> None:
+def test_a_cut_off_download_is_an_error_and_the_next_run_recovers(run: ModuleType, download: Download) -> None:
     download.cut_off = True
     with pytest.raises(run.Problem, match="could not download ComfyUI"):
         prepare_host(run)
@@ -399,9 +393,7 @@ def test_an_existing_host_keeps_its_folders(run: ModuleType, tmp_path: Path) -> 
     assert sorted(host.folder.rglob("*")) == before
 
 
-def test_a_pack_installed_in_its_host_is_not_loaded_twice(
-    run: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pack_installed_in_its_host_is_not_loaded_twice(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     host = run.Host(run.PROJECT.parent.parent, Path(sys.executable))
     assert run.pack_arguments(host) != []
     installed = host.folder / "custom_nodes" / "pack"

@@ -22,9 +22,7 @@ SD15 = {
 def tuned(model, clip, prompts, steps=3, precision="fp32", checkpointing=True, on_step=lambda _step: None, **recipe):
     """Tune inside inference mode, as nodes run."""
     with torch.inference_mode():
-        return host.one_shot_tune(
-            model, clip, prompts[1], Recipe(steps, **recipe), precision, checkpointing, on_step
-        )
+        return host.one_shot_tune(model, clip, prompts[1], Recipe(steps, **recipe), precision, checkpointing, on_step)
 
 
 def equal(a, b):
@@ -156,8 +154,8 @@ def test_lora_composes_and_strength_scales_and_all_is_restored(inflated, clip, p
         host.load(both)
         loaded = both.model.state_dict()[key]
         torch.testing.assert_close(loaded, base + 0.5 * lora + 2 * weights.queries[name])
-        restored = both.unpatch_model(both.offload_device).state_dict()
-        assert torch.equal(restored[key], base)
+        both.unpatch_model(both.offload_device)
+        assert torch.equal(both.model.state_dict()[key], base)
 
 
 def test_tuning_starts_from_the_effective_weights(inflated, clip, prompts):
@@ -210,12 +208,15 @@ def test_interrupt_stops_sampling_within_a_step(inflated, clip, prompts, directi
         steps.append(i)
         comfy.model_management.interrupt_current_processing()
 
-    with unchanged(inflated), torch.inference_mode():
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            if direction == "invert":
-                host.invert(inflated, clip, prompts[0], 20, press_cancel)
-            else:
-                host.sample_video(inflated, clip, prompts[1], prompts[0], 20, 5.0, press_cancel)
+    def run():
+        if direction == "invert":
+            host.invert(inflated, clip, prompts[0], 20, press_cancel)
+        else:
+            host.sample_video(inflated, clip, prompts[1], prompts[0], 20, 5.0, press_cancel)
+
+    interrupted = pytest.raises(comfy.model_management.InterruptProcessingException)
+    with unchanged(inflated), torch.inference_mode(), interrupted:
+        run()
     assert steps == [0]
 
 
