@@ -8,26 +8,14 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHARED = PROJECT.parent / "shared"
-sys.path.insert(0, str(PROJECT / "benchmarks"))
+sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support")]
 
 from pack import load_pack  # noqa: E402
 
 load_pack()
-from tune_a_video.tav_core import host, published  # noqa: E402
-
 import nodes as core_nodes  # noqa: E402  (the host's)
-
-TINY = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
-    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
-}
+from small import TINY, random_weights  # noqa: E402
+from tune_a_video.tav_core import host, published  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,17 +36,6 @@ def make_model():
             return host.build_model(unet_config, random_weights(unet_config, generator), prediction_type)
 
     return make
-
-
-def random_weights(unet_config, generator):
-    with torch.device("meta"):
-        unet = host.UNetModel(**unet_config, operations=host._PlainOps)
-    return {
-        name: torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5
-        if p.ndim > 1
-        else 0.1 * torch.randn(p.shape, generator=generator) + ("norm" in name or name.endswith("0.weight"))
-        for name, p in unet.state_dict().items()
-    }
 
 
 @pytest.fixture

@@ -3,21 +3,10 @@
 import comfy.model_management
 import pytest
 import torch
+from small import SD15, meta_unet
 from tune_a_video.tav_core import host, published, tuning
 from tune_a_video.tav_core.inflation import TemporalLayers
 from tune_a_video.tav_core.tuning import Recipe, Step
-
-SD15 = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-}
-
 
 def tuned(model, clip, prompts, steps=3, precision="fp32", checkpointing=True, on_step=lambda _step: None, **recipe):
     """Tune inside inference mode, as nodes run."""
@@ -54,9 +43,7 @@ def test_every_trainable_tensor_trains_and_no_other(inflated, clip, prompts):
 
 
 def test_stable_diffusion_1_trains_112_tensors_of_74_million_parameters():
-    config = published.unet_config(SD15)
-    with torch.device("meta"):
-        unet = host.UNetModel(**config, operations=host._PlainOps)
+    unet = meta_unet(published.unet_config(SD15))
     temporal = TemporalLayers(host.parts_of(unet), device="meta")
     named = {**dict(unet.named_parameters()), **temporal.named()}
     trainable = [p.numel() for name, p in named.items() if tuning.trains(name)]
