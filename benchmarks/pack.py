@@ -19,7 +19,9 @@ def load_pack() -> ModuleType:
         raise SystemExit("TAV_HOST does not name a ComfyUI folder: start this through run.py.")
     # ComfyUI claims top-level names such as `nodes`, which this project has as well.
     sys.path.insert(0, host)
+    # First, as in the host's main.py: later its nodes.py puts comfy/ in front, whose utils.py would be found.
     import torch
+    import utils  # noqa: F401
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()

@@ -13,9 +13,10 @@ sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support")]
 from pack import load_pack  # noqa: E402
 
 load_pack()
-import nodes as core_nodes  # noqa: E402  (the host's)
 from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host, published  # noqa: E402
+
+import nodes as core_nodes  # noqa: E402  (the host's)
 
 
 @pytest.fixture(scope="session", autouse=True)

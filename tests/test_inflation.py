@@ -18,9 +18,10 @@ def sample(core, model, prompts, latent, cfg=3.0, seed=7):
     return out["samples"]
 
 
-def run(node, *args):
-    """Outputs of a core node; older ones return a tuple."""
-    out = node.execute(*args)
+def run(node, **inputs):
+    """Outputs of a core node, by its defaults where nothing else is said; older ones return a tuple."""
+    defaults = {entry.id: getattr(entry, "default", None) for entry in node.define_schema().inputs}
+    out = node.execute(**{**defaults, **inputs})
     return getattr(out, "args", out)
 
 
@@ -120,7 +121,7 @@ def test_nothing_stays_attached_after_an_error(core, model, prompts, clip, uncha
 
 
 def test_a_node_that_cuts_frames_before_attention_is_named(core, model, prompts, clip):
-    (tiled,) = run(core["HyperTile"], host.inflate(model, "video"), 32, 1, 0, False)
+    (tiled,) = run(core["HyperTile"], model=host.inflate(model, "video"), tile_size=32, swap_size=1)
     latent = {"samples": torch.randn(5, 4, 16, 16)}
     with pytest.raises(ValueError, match="HyperTile"):
         sample(core, tiled, prompts, latent)
@@ -128,8 +129,8 @@ def test_a_node_that_cuts_frames_before_attention_is_named(core, model, prompts,
 
 def test_context_windows_are_refused_by_core_samplers_too(core, model, prompts, clip):
     def windowed(length):
-        args = (host.inflate(model, "video"), length, 1, "standard_static", 1, False, "pyramid", 0)
-        return run(core["ContextWindowsManual"], *args)[0]
+        options = {"context_length": length, "context_overlap": 1, "context_schedule": "standard_static"}
+        return run(core["ContextWindowsManual"], model=host.inflate(model, "video"), **options)[0]
 
     with pytest.raises(ValueError, match="context windows would cut the video"):
         sample(core, windowed(4), prompts, clip)

@@ -8,6 +8,7 @@ from tune_a_video.tav_core import host, published, tuning
 from tune_a_video.tav_core.inflation import TemporalLayers
 from tune_a_video.tav_core.tuning import Recipe, Step
 
+
 def tuned(model, clip, prompts, steps=3, precision="fp32", checkpointing=True, on_step=lambda _step: None, **recipe):
     """Tune inside inference mode, as nodes run."""
     with torch.inference_mode():

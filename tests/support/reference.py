@@ -23,7 +23,9 @@ class VideoUNet(torch.nn.Module):
 
     def __init__(self, config, seed=0):
         super().__init__()
-        kinds = {key: [kind.replace("3D", "2D") for kind in config[key]] for key in ("down_block_types", "up_block_types")}
+        kinds = {
+            key: [kind.replace("3D", "2D") for kind in config[key]] for key in ("down_block_types", "up_block_types")
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.unet = UNet2DConditionModel(**{**config, **kinds})

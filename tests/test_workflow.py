@@ -1,0 +1,123 @@
+"""The example workflow over HTTP: a full-shape Stable Diffusion 1.5 checkpoint, a video in, a video out."""
+
+import json
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from checkpoint import write_checkpoint
+from live_server import PROJECT, Server, to_api
+
+CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
+FRAMES, SIZE = 4, 64
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    with Server(base) as server:
+        write_checkpoint(base / "models" / "checkpoints" / "sd15.ckpt")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def source(server):
+    """The name of an uploaded video, and its frames per second."""
+    path = server.base / "input" / "clip.mp4"
+    path.write_bytes(CAR.read_bytes()) if CAR.is_file() else make_video(path)
+    with av.open(str(path)) as video:
+        return path.name, video.streams.video[0].average_rate
+
+
+def make_video(path: Path):
+    """A bright square that moves over a gradient: 24 frames, 10 a second."""
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        for i in range(24):
+            picture = np.tile(np.linspace(0, 160, 96, dtype=np.uint8)[None, :, None], (80, 1, 3))
+            picture[20:50, 3 * i : 3 * i + 20] = 230
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        video.mux(stream.encode())
+
+
+@pytest.fixture
+def prompt(server, source):
+    """The example workflow, made small."""
+    workflow = json.loads((PROJECT / "example_workflows" / "tune_a_video.json").read_text(encoding="utf-8"))
+    prompt = to_api(workflow, server.get("/object_info"))
+    small = {
+        "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},
+        "LoadVideo": {"file": source[0]},
+        "TAVPrepareClip": {"count": FRAMES, "width": SIZE, "height": SIZE},
+        "TAVOneShotTune": {"steps": 2},
+        "TAVDDIMInvert": {"steps": 2},
+        "TAVSampleVideo": {"steps": 2},
+    }
+    for node in prompt.values():
+        node["inputs"] |= small.get(node["class_type"], {})
+    return prompt
+
+
+def node_of(prompt, kind):
+    return next(name for name, node in prompt.items() if node["class_type"] == kind)
+
+
+def test_example_workflow_writes_the_edited_video(server, source, prompt):
+    progress, previews = {}, {}
+    running = ""
+
+    def on_event(kind, data):
+        nonlocal running
+        if kind == "executing" and data["node"]:
+            running = prompt[data["node"]]["class_type"]
+        elif kind == "progress":
+            progress[running] = data["value"], data["max"]
+        elif kind == "binary":
+            previews[running] = previews.get(running, 0) + 1
+
+    history = server.run(prompt, on_event)
+    assert history["status"]["status_str"] == "success", history["status"]["messages"]
+    for node in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
+        assert progress[node] == (2, 2) and previews[node] >= 1, node
+
+    written = history["outputs"][node_of(prompt, "SaveVideo")]["images"][0]
+    with av.open(str(server.base / "output" / written["subfolder"] / written["filename"])) as video:
+        # The clip takes every second frame and keeps the speed of the source.
+        assert abs(video.streams.video[0].average_rate - source[1] / 2) < Fraction(1, 100)
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    assert frames.shape == (FRAMES, SIZE, SIZE, 3)
+    assert frames.std() > 5, "the video is one colour"
+
+
+def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt):
+    prompt[node_of(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1000, "seed": 1}
+    seen, cancelled = [], None
+
+    def on_event(kind, data):
+        nonlocal cancelled
+        if kind == "progress" and data["max"] == 1000:
+            seen.append((data["value"], time.monotonic()))
+            if data["value"] == 2:
+                server.post("/interrupt", {})
+                cancelled = time.monotonic()
+
+    history = server.run(prompt, on_event)
+    assert history["status"]["messages"][-1][0] == "execution_interrupted"
+    assert cancelled is not None and seen[-1][0] <= 4
+
+    prompt[node_of(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1}
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
+    prompt[node_of(prompt, "TAVPrepareClip")]["inputs"] |= {"count": 300}
+    started = []
+    history = server.run(prompt, lambda kind, data: started.append(data) if kind == "progress" else None)
+    error = dict(history["status"]["messages"])["execution_error"]
+    assert error["exception_type"] == "ValueError"
+    assert "300 frames at stride 2" in error["exception_message"] and "largest count is" in error["exception_message"]
+    assert not started
