@@ -122,7 +122,7 @@ def loops(model, golden):
     start = fold(golden["ddim.inversion"][-1]).float() * (1 + sigmas[-1] ** 2).sqrt()
     trace = []
     with torch.inference_mode():
-        latent = {"samples": out_of(start)}
+        latent = {"samples": out_of(start), host.KEY: {"steps": steps}}
         final = host.sample_video(model, latent, cond, uncond, steps, 12.5, record(trace, sigmas.flip(0)))
     trace = [*trace[1:], into(final["samples"])]
     yield (

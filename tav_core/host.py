@@ -114,11 +114,12 @@ def sampling_of(model: ModelPatcher) -> Any:
 def prediction_type_of(model: ModelPatcher) -> PredictionType:
     """What the network predicts. Raises ValueError when neither noise nor velocity on a discrete schedule."""
     sampling = sampling_of(model)
-    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
-    if discrete and not isinstance(sampling, (comfy.model_sampling.X0, comfy.model_sampling.EDM)):
-        if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        # By the method, not the class: LCM and others derive from these and mean something else.
+        denoise = getattr(type(sampling), "calculate_denoised", None)
+        if denoise is comfy.model_sampling.V_PREDICTION.calculate_denoised:
             return "v_prediction"
-        if isinstance(sampling, comfy.model_sampling.EPS):
+        if denoise is comfy.model_sampling.EPS.calculate_denoised:
             return "epsilon"
     bases = "/".join(base.__name__ for base in type(sampling).__mro__[1:3])
     raise ValueError(
@@ -553,15 +554,25 @@ def sample_video(
 ) -> dict[str, Any]:
     """DDIM sampling from inverted latents; LATENT of the edited clip."""
     samples = check_inputs(model, latent, positive=positive, negative=negative)
-    inverted_steps = latent.get(KEY, {}).get("steps", steps)
-    if inverted_steps != steps:
+    sigmas = ddim.ddim_sigmas(model_sigmas(model), steps).flip(0)
+    _check_inverted(model, latent, steps, float(sigmas[0]))
+    out = run_sampler(model, samples, sigmas, positive, negative, cfg, callback or preview_callback(model, steps))
+    return {"samples": out}
+
+
+def _check_inverted(model: ModelPatcher, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
+    if KEY not in latent:  # noise of another origin, or what a user took for it
+        spread = float(model.model.process_latent_in(latent["samples"]).float().std())
+        if spread < sigma / 2:
+            raise ValueError(
+                f"these latents are not noise (their standard deviation is {spread:.1f}, {steps} steps start at "
+                f"{sigma:.1f}): connect the inverted latents of DDIM Invert."
+            )
+    elif (inverted_steps := latent[KEY]["steps"]) != steps:
         raise ValueError(
             f"the latents were inverted in {inverted_steps} steps, but steps is {steps} here: the noise levels would "
             "not meet. Use the same number in both nodes."
         )
-    sigmas = ddim.ddim_sigmas(model_sigmas(model), steps).flip(0)
-    out = run_sampler(model, samples, sigmas, positive, negative, cfg, callback or preview_callback(model, steps))
-    return {"samples": out}
 
 
 class InvertedNoise:

@@ -1,0 +1,89 @@
+"""A tuned model beside the host's other means: LoRA, ControlNet, saving."""
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from small import TINY
+from tune_a_video.tav_core import host, published
+from tune_a_video.tav_core.tuning import Recipe
+
+BLOCK = "input_blocks_1_1_transformer_blocks_0"
+
+
+@pytest.fixture
+def tuned(inflated, clip, prompts):
+    """The weights of a short, strong tune, and the tuned model."""
+    with torch.inference_mode():
+        recipe = Recipe(steps=3, learning_rate=1e-2)
+        weights = host.one_shot_tune(inflated, clip, prompts[1], recipe, "fp32", True, lambda _step: None)
+        return weights, host.apply_weights(inflated, weights)
+
+
+def lora_for(layer, width=32, rank=2):
+    up, down = torch.randn(2, width, rank, generator=torch.Generator().manual_seed(0))
+    name = f"lora_unet_{BLOCK}_{layer}"
+    return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down.T.contiguous()}, up @ down.T
+
+
+@pytest.mark.parametrize("order", ["before the tune is applied", "after"])
+def test_lora_on_a_tuned_query_adds_up(inflated, tuned, unchanged, order):
+    weights, tuned_model = tuned
+    lora, change = lora_for("attn1_to_q")
+    key = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    with unchanged(inflated), torch.inference_mode():
+        base = inflated.model.diffusion_model.state_dict()[key].clone()
+        if order == "after":
+            both, _ = comfy.sd.load_lora_for_models(tuned_model, None, lora, 0.5, 0)
+        else:
+            styled, _ = comfy.sd.load_lora_for_models(inflated, None, lora, 0.5, 0)
+            both = host.apply_weights(styled, weights)
+        host.load(both)
+        loaded = both.model.diffusion_model.state_dict()[key]
+        torch.testing.assert_close(loaded, base + 0.5 * change + weights.queries[key])
+
+
+def test_controlnet_steers_the_video(core, tuned, clip, prompts):
+    _, model = tuned
+    config = {key: value for key, value in published.unet_config(TINY).items() if key not in ("out_channels",)}
+    config.pop("use_temporal_attention")
+    network = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init
+    )
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+        hints = torch.rand(5, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+        inverted, _, _ = host.invert(model, clip, prompts[0], 3)
+
+        def sample(image):
+            positive, negative = prompts[1], prompts[0]
+            if image is not None:
+                node = core["ControlNetApplyAdvanced"]()
+                positive, negative = node.apply_controlnet(positive, negative, control, image, 1.0, 0.0, 1.0)
+            return host.sample_video(model, inverted, positive, negative, 3, 3.0)["samples"]
+
+        plain, steered, backwards = sample(None), sample(hints), sample(hints.flip(0))
+    assert torch.isfinite(steered).all()
+    assert not torch.allclose(steered, plain, rtol=0.1)
+    assert not torch.allclose(steered, backwards, rtol=0.1), "every frame has its own hint"
+
+
+def test_core_saves_and_restores_a_tuned_model(inflated, tuned, unchanged):
+    """Clone, patch, read what a checkpoint would hold, unpatch: the base is what it was."""
+    weights, model = tuned
+    with unchanged(inflated), torch.inference_mode():
+        copy = model.clone()
+        assert host.inflation_of(copy) is host.inflation_of(model)
+        copy.patch_model(device_to=torch.device("cpu"))
+        saved = copy.model.state_dict_for_saving(None)
+        base = "model.diffusion_model."
+        for name, delta in weights.queries.items():
+            assert base + name in saved
+            assert torch.equal(saved[base + name], copy.model.diffusion_model.state_dict()[name])
+            assert delta.any()
+        assert not any("attn_temp" in name for name in saved), "temporal layers are no part of an image checkpoint"
+        copy.unpatch_model(torch.device("cpu"))

@@ -1,0 +1,82 @@
+"""What the host and the page see of the pack."""
+
+import ast
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tune_a_video
+from pack import PROJECT
+
+NODES = asyncio.run(asyncio.run(tune_a_video.comfy_entrypoint()).get_node_list())
+SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
+
+
+def test_node_ids_and_names_stay():
+    assert {name: schema.display_name for name, schema in SCHEMAS.items()} == {
+        "TAVPrepareClip": "Prepare Clip",
+        "TAVInflateUNet": "Inflate UNet",
+        "TAVOneShotTune": "One-Shot Tune",
+        "TAVDDIMInvert": "DDIM Invert",
+        "TAVSampleVideo": "Sample Video",
+    }
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_input_and_output_is_explained(schema):
+    assert schema.description
+    ends = [*schema.inputs, *schema.outputs]
+    for end in ends:
+        assert end.tooltip and end.tooltip.endswith("."), end.id
+    # Before 0.8 the host needs them to differ.
+    assert len({end.id for end in ends}) == len(ends)
+
+
+def test_defaults_are_the_papers():
+    defaults = {entry.id: getattr(entry, "default", None) for schema in SCHEMAS.values() for entry in schema.inputs}
+    paper = {"learning_rate": 3e-5, "seed": 33, "cfg": 12.5, "weight_decay": 1e-2, "max_grad_norm": 1.0}
+    assert defaults | paper == defaults
+    steps = {name: entry.default for name, schema in SCHEMAS.items() for entry in schema.inputs if entry.id == "steps"}
+    assert steps == {"TAVOneShotTune": 500, "TAVDDIMInvert": 50, "TAVSampleVideo": 50}
+
+
+def test_importing_the_pack_brings_in_nothing_heavy_that_the_host_has_not():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import os; sys.path.insert(0, os.environ['TAV_HOST'])\n"
+        "import utils, torch; from comfy.cli_args import args; args.cpu = True\n"
+        "import nodes, latent_preview, comfy.samplers, comfy_api.latest\n"
+        "before = set(sys.modules); import pack; pack.load_pack()\n"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    command = [sys.executable, "-I", "-c", code, str(PROJECT / "benchmarks")]
+    brought = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()
+    assert set(brought) <= {"pack", "tune_a_video"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def test_one_module_imports_the_host():
+    files = [PROJECT / "__init__.py", *PROJECT.glob("nodes/*.py"), *PROJECT.glob("tav_core/*.py")]
+    hosts = {"comfy", "latent_preview", "folder_paths", "execution", "server"}
+    assert {path.name for path in files if imports(path) & hosts} == {"host.py"}
+    assert all("comfy_api" not in imports(path) for path in PROJECT.glob("tav_core/*.py"))
+
+
+def test_requirements_name_what_is_imported_and_never_torch():
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = [line for line in lines if line and not line.startswith("#")]
+    assert f"dependencies = {json.dumps(required)}" in project
+    assert not any(re.match(r"(torch|xformers)", line) for line in required)
