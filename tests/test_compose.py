@@ -47,11 +47,10 @@ def test_lora_on_a_tuned_query_adds_up(inflated, tuned, unchanged, order):
 
 def test_controlnet_steers_the_video(core, tuned, clip, prompts):
     _, model = tuned
-    config = {key: value for key, value in published.unet_config(TINY).items() if key not in ("out_channels",)}
-    config.pop("use_temporal_attention")
-    network = comfy.cldm.cldm.ControlNet(
-        **config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init
-    )
+    of_unets_only = ("out_channels", "use_temporal_attention")
+    config = {key: value for key, value in published.unet_config(TINY).items() if key not in of_unets_only}
+    operations = comfy.ops.disable_weight_init
+    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=operations)
     with torch.inference_mode():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)

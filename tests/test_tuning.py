@@ -200,7 +200,9 @@ def test_interrupt_stops_sampling_within_a_step(inflated, clip, prompts, directi
         if direction == "invert":
             host.invert(inflated, clip, prompts[0], 20, press_cancel)
         else:
-            host.sample_video(inflated, clip, prompts[1], prompts[0], 20, 5.0, press_cancel)
+            host.sample_video(
+                inflated, {**clip, host.KEY: {"steps": 20}}, prompts[1], prompts[0], 20, 5.0, press_cancel
+            )
 
     interrupted = pytest.raises(comfy.model_management.InterruptProcessingException)
     with unchanged(inflated), torch.inference_mode(), interrupted:
