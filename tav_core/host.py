@@ -18,6 +18,7 @@ Host symbols used, and why:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -167,6 +168,31 @@ def set_heads(block: Any, heads: int) -> None:
 def published_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
     """Names of the 2D UNet's tensors in a diffusers folder → the host's names."""
     return comfy.utils.unet_to_diffusers(unet_config)
+
+
+def fingerprint(model: ModelPatcher) -> str:
+    """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
+
+    It reads gigabytes: some seconds for a full-size model.
+    """
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(part, (list, tuple)):
+            digest.update(f"{len(part)}:".encode())
+            for entry in part:
+                add(entry)
+        elif hasattr(part, "weights"):  # an adapter: LoRA, LoHa, …
+            add((type(part).__name__, part.weights))
+        else:
+            digest.update((part.__qualname__ if callable(part) else repr(part)).encode())
+
+    for key, ((weight, _convert), *patches) in sorted(model.get_key_patches(UNET).items()):
+        add((key, weight, patches))
+    return digest.hexdigest()
 
 
 def load(model: ModelPatcher) -> None:

@@ -46,6 +46,24 @@ def test_lora_on_a_tuned_query_adds_up(inflated, tuned, unchanged, order):
         torch.testing.assert_close(loaded, base + 0.5 * change + weights.queries[key])
 
 
+def test_fingerprint_follows_what_is_computed(make_model, inflated, tuned):
+    lora, _ = lora_for("attn1_to_q")
+    models = [
+        inflated,
+        make_model(seed=1),
+        tuned[1],
+        comfy.sd.load_lora_for_models(inflated, None, lora, 0.5, 0)[0],
+        comfy.sd.load_lora_for_models(inflated, None, lora, 0.6, 0)[0],
+    ]
+    prints = [host.fingerprint(model) for model in models]
+    assert len(set(prints)) == len(models)
+    with torch.inference_mode():
+        host.load(models[3])
+    again = comfy.sd.load_lora_for_models(make_model(), None, lora_for("attn1_to_q")[0], 0.5, 0)[0]
+    assert [host.fingerprint(model) for model in models] == prints
+    assert host.fingerprint(again) == prints[3], "another process gives the same"
+
+
 def test_controlnet_steers_the_video(core, tuned, clip, prompts):
     _, model = tuned
     of_unets_only = ("out_channels", "use_temporal_attention")
