@@ -1,7 +1,11 @@
-"""Load this pack outside a running ComfyUI, the way the host does: under a package name, with relative imports."""
+"""Load this pack outside a running ComfyUI, the way the host does: under a package name, with relative imports.
+
+As a program, `pack.py MODULE …` runs one of its modules, such as `demo.train`, with the arguments that follow.
+"""
 
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,3 +36,9 @@ def load_pack() -> ModuleType:
     pack = sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     return pack
+
+
+if __name__ == "__main__":
+    load_pack()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(f"{NAME}.{sys.argv[0]}", run_name="__main__", alter_sys=True)

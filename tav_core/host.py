@@ -12,8 +12,9 @@ Host symbols used, and why:
 - `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
   regional prompts, previews and cancel work.
 - `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`: progress.
-- `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.utils.unet_to_diffusers`: small models of one's
-  own, in published naming.
+- `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.sd.CLIP`, `comfy.sd.VAE`, `comfy.sd1_clip`,
+  `comfy.supported_models_base.ClipTarget`, `comfy.utils.unet_to_diffusers`: small models of one's own, in published
+  naming.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import comfy.utils
 import latent_preview
 import torch
@@ -155,6 +159,20 @@ def build_model(
     for name, count in (heads or {}).items():
         set_heads(blocks[name], count)
     return ModelPatcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+
+
+def build_clip(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> comfy.sd.CLIP:
+    """A float32 CLIP of the host's CLIP-L class in another size; `config` as in its configuration files."""
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    options = {"dtype": torch.float32, "clip_l_model_config": dict(config)}
+    clip = comfy.sd.CLIP(target, model_options=options)
+    clip.cond_stage_model.clip_l.transformer.load_state_dict(weights)
+    return clip
+
+
+def build_vae(weights: Mapping[str, Tensor]) -> comfy.sd.VAE:
+    """A VAE from its state dict, whose architecture the host recognises."""
+    return comfy.sd.VAE(sd=dict(weights))
 
 
 def set_heads(block: Any, heads: int) -> None:

@@ -23,6 +23,8 @@ def test_node_ids_and_names_stay():
         "TAVOneShotTune": "One-Shot Tune",
         "TAVDDIMInvert": "DDIM Invert",
         "TAVSampleVideo": "Sample Video",
+        "TAVLoadDemoModel": "Load Demo Model",
+        "TAVDemoClip": "Demo Clip",
     }
 
 
@@ -37,7 +39,8 @@ def test_every_input_and_output_is_explained(schema):
 
 
 def test_defaults_are_the_papers():
-    defaults = {entry.id: getattr(entry, "default", None) for schema in SCHEMAS.values() for entry in schema.inputs}
+    method = [schema for name, schema in SCHEMAS.items() if "Demo" not in name]
+    defaults = {entry.id: getattr(entry, "default", None) for schema in method for entry in schema.inputs}
     paper = {"learning_rate": 3e-5, "seed": 33, "cfg": 12.5, "weight_decay": 1e-2, "max_grad_norm": 1.0}
     assert defaults | paper == defaults
     steps = {name: entry.default for name, schema in SCHEMAS.items() for entry in schema.inputs if entry.id == "steps"}
@@ -55,6 +58,11 @@ def test_importing_the_pack_brings_in_nothing_heavy_that_the_host_has_not():
     command = [sys.executable, "-I", "-c", code, str(PROJECT / "benchmarks")]
     brought = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()
     assert set(brought) <= {"pack", "tune_a_video"}
+
+
+def test_the_demo_model_is_small():
+    files = [PROJECT / "demo" / "model.safetensors", PROJECT / "demo" / "classifier.safetensors"]
+    assert files[0].stat().st_size <= 16_000_000 and files[1].stat().st_size < 1_000_000
 
 
 def imports(path: Path) -> set[str]:
