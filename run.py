@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Run the tests, the demo server or the parity check of this pack on a real ComfyUI.
+"""Everything of this pack that runs outside your own ComfyUI, on a real ComfyUI all the same.
 
+  python run.py demo [--ui]                        edit the demo's clip; --help: or one of your own
   python run.py test [pytest arguments]            run the tests
   python run.py serve [--port N] [-- arguments]    run ComfyUI with this pack; what follows -- goes to ComfyUI
   python run.py parity FOLDER...                   compare the pack with reference results in FOLDER
+  python run.py evaluate [--quick]                 measure the method on the demo's world
+  python run.py train --out FOLDER                 train the demo's model from nothing
+  python run.py quality                            measure the demo's model
 
 COMFYUI_PATH names an existing ComfyUI folder to use, COMFYUI_PYTHON its Python. Without them the workspace
 of comfy-cli is used, and where there is none, ComfyUI 0.3.75 is downloaded into .host/. Nothing is installed
@@ -25,11 +29,13 @@ import socket
 import subprocess
 import sys
 import time
+import webbrowser
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PROJECT = Path(__file__).resolve().parent
 STATE = PROJECT / ".host"
@@ -431,6 +437,16 @@ def parity(arguments: list[str]) -> int:
     return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / "parity.py"), *arguments])
 
 
+def module(name: str) -> Callable[[list[str]], int]:
+    """A command that runs a module of the pack, on the host but without its server."""
+
+    def command(arguments: list[str]) -> int:
+        host, python = prepare()
+        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / "pack.py"), name, *arguments])
+
+    return command
+
+
 def serve(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     own, for_comfyui = arguments[:split], arguments[split + 1 :]
@@ -438,28 +454,88 @@ def serve(arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, default=0, help="the port to listen on (default: any free one)")
     port = open_port(parser.parse_args(own).port)
     host, python = prepare()
+    with server(host, python, port, for_comfyui) as process:
+        say(f"ComfyUI is ready at http://127.0.0.1:{port} (Ctrl-C stops it)")
+        return wait(process)
+
+
+def demo(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="run.py demo",
+        description="Edit the demo's clip with the demo's model, or a clip of your own with your checkpoint, in a "
+        "ComfyUI that is started for it. Results go to output/demo/.",
+    )
+    parser.add_argument("--ui", action="store_true", help="leave ComfyUI open afterwards")
+    parser.add_argument("--port", type=int, default=0, help="the port to listen on (default: any free one)")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="a video of your own")
+    parser.add_argument("--caption", metavar="TEXT", help="what it shows")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="what you want to see instead, one or more")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a Stable Diffusion 1.x or 2.x checkpoint")
+    options = parser.parse_args(arguments)
+    own = [options.video, options.caption, options.prompt, options.checkpoint]
+    if any(own) and not all(own):
+        parser.error("your own clip needs --video, --caption, --prompt and --checkpoint together")
+    for file in filter(None, (options.video, options.checkpoint)):
+        if not file.is_file():
+            raise Problem(f"there is no file {file}: correct the path.")
+    port = open_port(options.port)
+    host, python = prepare()
+    for_comfyui: list[str] = []
+    job = [str(python), str(PROJECT / "benchmarks" / "pack.py"), "demo.job", f"http://127.0.0.1:{port}"]
+    if options.checkpoint:
+        checkpoint = options.checkpoint.resolve()
+        STATE.mkdir(exist_ok=True)
+        paths = STATE / "demo_model_paths.yaml"
+        paths.write_text(f"demo:\n  checkpoints: {json.dumps(str(checkpoint.parent))}\n", encoding="utf-8")
+        for_comfyui = ["--extra-model-paths-config", str(paths)]
+        job += ["--video", str(options.video.resolve()), "--caption", options.caption]
+        job += ["--checkpoint", checkpoint.name, "--prompt", *options.prompt]
+    log = STATE / "demo.log"
+    say(f"starting ComfyUI (its messages go to {log})")
+    with log.open("w", encoding="utf-8") as messages, server(host, python, port, for_comfyui, messages) as process:
+        result = run_with_host(host, job, PROJECT)
+        if options.ui:
+            say(f"ComfyUI stays open at http://127.0.0.1:{port} (Ctrl-C stops it)")
+            webbrowser.open(f"http://127.0.0.1:{port}/?template=quickstart&source={PACK_NAME}")
+            return wait(process) or result
+    return result
+
+
+@contextmanager
+def server(
+    host: Host, python: Path, port: int, more: Sequence[str] = (), log: IO[str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A ComfyUI with this pack that answers on `port`; stopped in the end, whatever happens."""
     command = [str(python), str(host.folder / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-api-nodes", *pack_arguments(host), *device_arguments(python), *for_comfyui]
+    command += ["--disable-api-nodes", *pack_arguments(host), *device_arguments(python), *more]
     # In a group of its own: Ctrl-C then reaches only this program, which stops the server once.
-    server = subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=host.folder,
         stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
         creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0,
         start_new_session=sys.platform != "win32",
     )
     try:
-        announced = False
-        while server.poll() is None:  # polled: on Windows Ctrl-C does not interrupt a wait
-            if not announced and answers(port):
-                say(f"ComfyUI is ready at http://127.0.0.1:{port} (Ctrl-C stops it)")
-                announced = True
+        while not answers(port):
+            if process.poll() is not None:
+                raise Problem(f"ComfyUI ended by itself (exit code {process.returncode}): its messages say why.")
             time.sleep(0.3)
-        raise Problem(f"ComfyUI ended by itself (exit code {server.returncode}): its messages above say why.")
+        yield process
+    finally:
+        stop(process)
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a server's end, or for Ctrl-C, which is the usual one."""
+    try:
+        while process.poll() is None:  # polled: on Windows Ctrl-C does not interrupt a wait
+            time.sleep(0.3)
     except KeyboardInterrupt:
         return 0
-    finally:
-        stop(server)
+    raise Problem(f"ComfyUI ended by itself (exit code {process.returncode}): its messages say why.")
 
 
 def open_port(wanted: int) -> int:
@@ -541,7 +617,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-COMMANDS = {"test": test, "serve": serve, "parity": parity}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "serve": serve,
+    "parity": parity,
+    "evaluate": module("demo.evaluate"),
+    "train": module("demo.train"),
+    "quality": module("demo.quality"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

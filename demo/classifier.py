@@ -55,9 +55,16 @@ class Classifier(nn.Module):
     def forward(self, pictures: Tensor) -> Seen:
         """Judge pictures [n, 3, h, w] in 0 … 1."""
         fine = self.fine(pictures * 2 - 1)
-        coarse = self.coarse(fine)
-        features = torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], 1)
+        features = self._pooled(fine)
         return Seen(**{name: head(features) for name, head in self.heads.items()}, place=centre(self.heat(fine)))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the judgement of pictures [n, 3, h, w] in 0 … 1 rests on, [n, c]."""
+        return self._pooled(self.fine(pictures * 2 - 1))
+
+    def _pooled(self, fine: Tensor) -> Tensor:
+        coarse = self.coarse(fine)
+        return torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], 1)
 
 
 def centre(heat: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category=f"{CATEGORY}/demo",
             description=(
-                "A tiny text-to-image model that comes with this pack, in Stable Diffusion 1.x's architecture. It knows "
+                "A tiny text-to-image model that comes with this pack, in Stable Diffusion 1.x's form. It knows "
                 "few things and places, at 128 x 128 pixels: a proof that runs anywhere, not a picture maker."
             ),
             inputs=[],

@@ -1,0 +1,229 @@
+"""The method measured on the demo's world, beside what is left of it when a part is taken away.
+
+  python run.py evaluate [--quick] [--out FOLDER]
+
+Clips of known motion, three edits each (object, background, style). Writes evaluation.json and one contact sheet a
+clip, prints the table in Markdown, and exits with 1 when the whole method is below its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..tav_core import ddim, host, inflation
+from ..tav_core.tuning import Recipe
+from . import classifier, measure, model, sheet, world
+from .world import Clip, Scene
+
+# The paper's recipe scaled to this model, which is small and learns quickly.
+RECIPE = Recipe(steps=100, learning_rate=3e-4)
+STEPS, CFG = 50, 7.5
+FRAMES = 8
+CELL = 8  # pixels of a latent cell
+
+# motion, object, background, and the object, the background and the style that each clip is edited to
+CLIPS = [
+    ("arc", "red car", "beach", "truck", "snow", "sunset"),
+    ("line", "dog", "grass", "cat", "desert", "sketch"),
+    ("turn", "penguin", "snow", "chick", "road", "sunset"),
+    ("bounce", "frog", "grass", "pumpkin", "beach", "sunset"),
+    ("line", "boat", "water", "truck", "beach", "sketch"),
+    ("arc", "red balloon", "city", "blue balloon", "desert", "sunset"),
+    ("zoom", "elephant", "desert", "dog", "grass", "sketch"),
+    ("bounce", "pumpkin", "road", "frog", "snow", "sketch"),
+    ("turn", "yellow car", "city", "red car", "road", "sketch"),
+    ("line", "turtle", "beach", "blue car", "grass", "sunset"),
+    ("zoom", "cat", "forest", "penguin", "city", "sunset"),
+    ("arc", "chick", "desert", "turtle", "water", "sketch"),
+]
+HEADS = ("object", "background", "style")
+FLOORS = {"right": 0.85, "motion": 0.9}
+CEILINGS = {"cells": 1.0}
+
+
+@dataclass
+class Studio:
+    """The demo model, and what every method below needs of it."""
+
+    model: host.ModelPatcher
+    clip: Any
+    vae: Any
+    judge: classifier.Classifier
+
+    def encode(self, text: str) -> host.Conditioning:
+        return [[self.clip.encode_from_tokens(self.clip.tokenize(text)), {}]]
+
+    def latents(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        return {"samples": self.vae.encode(torch.from_numpy(pictures).float() / 255)}
+
+    def decode(self, latent: dict[str, Tensor]) -> Tensor:
+        return self.vae.decode(latent["samples"]).clamp(0, 1)
+
+
+# A method makes, of a clip, its reconstruction and a function from prompt to edited latents.
+Edit = Callable[[str], dict[str, Tensor]]
+
+
+def tuned(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> host.ModelPatcher:
+    video = host.inflate(studio.model, "video")
+    weights = host.one_shot_tune(
+        video, latent, studio.encode(clip.caption), RECIPE, "fp32", False, on_step=lambda _step: None
+    )
+    return host.apply_weights(video, weights)
+
+
+def edit_from(studio: Studio, video: host.ModelPatcher, start: dict[str, Any]) -> Edit:
+    empty = studio.encode("")
+    return lambda prompt: host.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
+
+
+def quiet(*_args: Any) -> None:
+    """Instead of the host's previews."""
+
+
+def whole_method(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+    video = tuned(studio, clip, latent)
+    return edit_from(studio, video, host.invert(video, latent, studio.encode(""), STEPS, quiet)[0])
+
+
+def without_tuning(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+    video = host.inflate(studio.model, "video")
+    return edit_from(studio, video, host.invert(video, latent, studio.encode(""), STEPS, quiet)[0])
+
+
+def without_inversion(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+    """The tuned model from noise that has nothing of the clip."""
+    video = tuned(studio, clip, latent)
+    sigma = ddim.ddim_sigmas(host.model_sigmas(video), STEPS)[-1]
+    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    start = video.model.process_latent_out(noise * (1 + sigma**2).sqrt())
+    return edit_from(studio, video, {"samples": start, host.KEY: {"steps": STEPS}})
+
+
+def without_sparse_causal(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+    """Every frame attends to itself, as in the image model; the rest as it is, tuning too."""
+    own_frame = mock.patch.object(inflation, "sparse_causal", lambda kv, _frames: kv)
+    with own_frame:
+        whole = whole_method(studio, clip, latent)
+
+    def edit(prompt: str) -> dict[str, Tensor]:
+        with own_frame:
+            return whole(prompt)
+
+    return edit
+
+
+def frame_by_frame(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+    """The image model on each frame by itself: inflated, one frame is exactly that."""
+    parts = [without_tuning(studio, clip, {"samples": frame[None]}) for frame in latent["samples"]]
+    return lambda prompt: {"samples": torch.cat([part(prompt)["samples"] for part in parts])}
+
+
+METHODS = {
+    "Tune-A-Video": whole_method,
+    "without tuning": without_tuning,
+    "without inversion": without_inversion,
+    "without sparse-causal attention": without_sparse_causal,
+    "every frame by itself": frame_by_frame,
+}
+
+
+def edits(clip: Clip, new: tuple[str, ...]) -> dict[str, Scene]:
+    """The clip's scene with one thing changed, by what is changed."""
+    return {head: replace(clip.scenes[0], **{head: value}) for head, value in zip(HEADS, new, strict=True)}
+
+
+def judge_edit(studio: Studio, clip: Clip, head: str, wanted: Scene, pictures: Tensor) -> dict[str, float]:
+    shown = measure.right(studio.judge, pictures, wanted)
+    seen = measure.places(studio.judge, pictures)
+    return {
+        "right": shown[head],
+        "kept": float(np.mean([share for other, share in shown.items() if other != head])),
+        "motion": measure.motion_correlation(seen, clip.positions),
+        "cells": measure.position_error(seen, clip.positions) / CELL,
+        "consistency": measure.frame_consistency(studio.judge, pictures),
+    }
+
+
+@torch.inference_mode()
+def run(studio: Studio, clips: list[tuple[str, ...]], methods: list[str], out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, (motion, thing, place, *new) in enumerate(tqdm(clips, "clips")):
+        clip = world.make_clip(motion, thing, place, frames=FRAMES, seed=100 + number)
+        latent = studio.latents(clip.frames)
+        strips = {"source": torch.from_numpy(clip.frames).float() / 255}
+        for name in methods:
+            started = time.perf_counter()
+            edit = METHODS[name](studio, clip, latent)
+            for head, wanted in edits(clip, tuple(new)).items():
+                pictures = studio.decode(edit(wanted.caption))
+                measured = judge_edit(studio, clip, head, wanted, pictures)
+                rows.append({"method": name, "clip": clip.caption, "motion_kind": motion, "edit": head, **measured})
+                strips[f"{wanted.caption}\n{name}"] = pictures
+            tqdm.write(f"{clip.caption}, {name}: {time.perf_counter() - started:.0f} s")
+        sheet.contact_sheet(strips).save(out / f"clip_{number:02d}.png")
+        # What is done is kept: a long run can be looked at while it goes on.
+        (out / "evaluation.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
+    """Means of shares, medians of motion and place, as the table shows them."""
+    mine = [row for row in rows if row["method"] == method]
+    by_edit = {head: np.mean([row["right"] for row in mine if row["edit"] == head]) for head in HEADS}
+    return {
+        **{f"right {head}": float(share) for head, share in by_edit.items()},
+        "right": float(np.mean([row["right"] for row in mine])),
+        "kept": float(np.mean([row["kept"] for row in mine])),
+        "motion": float(np.nanmedian([row["motion"] for row in mine])),
+        "cells": float(np.median([row["cells"] for row in mine])),
+        "consistency": float(np.mean([row["consistency"] for row in mine])),
+    }
+
+
+def table(rows: list[dict[str, Any]], methods: list[str]) -> str:
+    """The comparison in Markdown."""
+    heads = ["right object", "right background", "right style", "right edit", "rest kept"]
+    heads += ["motion correlation", "position error, cells", "frame consistency"]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for method in methods:
+        s = summary(rows, method)
+        cells = [f"{100 * s[f'right {head}']:.0f} %" for head in HEADS]
+        cells += [f"{100 * s['right']:.0f} %", f"{100 * s['kept']:.0f} %"]
+        cells += [f"{s['motion']:.3f}", f"{s['cells']:.2f}", f"{s['consistency']:.4f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="run.py evaluate", description=__doc__, formatter_class=layout)
+    parser.add_argument("--quick", action="store_true", help="three clips instead of twelve")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=Path("output/evaluation"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    studio = Studio(*model.load(), classifier.load())
+    rows = run(studio, CLIPS[:3] if args.quick else CLIPS, args.methods, args.out)
+    print(table(rows, args.methods))
+    whole = summary(rows, args.methods[0])
+    missed = [f"{name} {whole[name]:.2f} < {floor}" for name, floor in FLOORS.items() if not whole[name] >= floor]
+    missed += [f"{name} {whole[name]:.2f} > {top}" for name, top in CEILINGS.items() if not whole[name] <= top]
+    sys.exit(f"out of its bounds: {', '.join(missed)}" if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

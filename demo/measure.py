@@ -1,0 +1,65 @@
+"""What can be measured on a clip of the demo's world and its edits, by the classifier and the clip's known truth.
+
+Pictures are [f, h, w, 3] in 0 … 1; places are pixels [f, 2].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .classifier import HEADS, Classifier
+from .world import Array, Scene
+
+MOVES = 2.0  # pixels of standard deviation from which on an axis counts as moving
+
+
+def labels(judge: Classifier, pictures: Tensor) -> list[dict[str, str]]:
+    """What each frame shows: its object, background and style."""
+    return [dict(zip(HEADS, seen, strict=True)) for seen in judge(channels_first(pictures)).labels()]
+
+
+def right(judge: Classifier, pictures: Tensor, wanted: Scene) -> dict[str, float]:
+    """Share of the frames that show the wanted object, background and style."""
+    seen = labels(judge, pictures)
+    return {head: sum(frame[head] == getattr(wanted, head) for frame in seen) / len(seen) for head in HEADS}
+
+
+def places(judge: Classifier, pictures: Tensor) -> Array:
+    """Where the object is, as the classifier sees it."""
+    size = torch.tensor([pictures.shape[2], pictures.shape[1]])
+    return (judge(channels_first(pictures)).place * size).numpy()
+
+
+def motion_correlation(places: Array, truth: Array) -> float:
+    """Mean Pearson correlation over the axes along which the object moves; NaN when it stays in its place."""
+    moving = [axis for axis in range(2) if truth[:, axis].std() > MOVES]
+    if not moving:
+        return float("nan")
+    with np.errstate(invalid="ignore"):
+        values = [np.corrcoef(places[:, axis], truth[:, axis])[0, 1] for axis in moving]
+    return float(np.nan_to_num(values).mean())
+
+
+def position_error(places: Array, truth: Array) -> float:
+    """Mean distance between where the object is and where it should be, in pixels."""
+    return float(np.linalg.norm(places - truth, axis=1).mean())
+
+
+def frame_consistency(judge: Classifier, pictures: Tensor) -> float:
+    """Mean cosine of the classifier's features of neighbouring frames.
+
+    The field uses CLIP's image features in the same way; the demo has no CLIP.
+    """
+    features = judge.features(channels_first(pictures))
+    return float(torch.cosine_similarity(features[1:], features[:-1]).mean())
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    return float(-10 * (a - b).square().mean().log10())
+
+
+def channels_first(pictures: Tensor) -> Tensor:
+    return pictures.float().movedim(-1, 1)
