@@ -490,6 +490,9 @@ def demo(arguments: list[str]) -> int:
         for_comfyui = ["--extra-model-paths-config", str(paths)]
         job += ["--video", str(options.video.resolve()), "--caption", options.caption]
         job += ["--checkpoint", checkpoint.name, "--prompt", *options.prompt]
+    else:
+        # The demo model's operations are too small to be shared between threads, least of all on a busy machine.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     log = STATE / "demo.log"
     say(f"starting ComfyUI (its messages go to {log})")
     with log.open("w", encoding="utf-8") as messages, server(host, python, port, for_comfyui, messages) as process:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ from .world import Clip, Scene
 
 # The paper's recipe scaled to this model, which is small and learns quickly.
 RECIPE = Recipe(steps=100, learning_rate=3e-4)
-STEPS, CFG = 50, 7.5
+STEPS, CFG = 30, 7.5
 FRAMES = 8
 CELL = 8  # pixels of a latent cell
 
@@ -54,6 +55,9 @@ FLOORS = {"right": 0.85, "motion": 0.9}
 CEILINGS = {"cells": 1.0}
 
 
+Edit = Callable[[str], dict[str, Tensor]]  # from a prompt to the edited latents
+
+
 @dataclass
 class Studio:
     """The demo model, and what every method below needs of it."""
@@ -73,62 +77,69 @@ class Studio:
         return self.vae.decode(latent["samples"]).clamp(0, 1)
 
 
-# A method makes, of a clip, its reconstruction and a function from prompt to edited latents.
-Edit = Callable[[str], dict[str, Tensor]]
+@dataclass
+class Subject:
+    """A clip that is to be edited, with its latents."""
 
+    studio: Studio
+    clip: Clip
+    latent: dict[str, Tensor]
 
-def tuned(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> host.ModelPatcher:
-    video = host.inflate(studio.model, "video")
-    weights = host.one_shot_tune(
-        video, latent, studio.encode(clip.caption), RECIPE, "fp32", False, on_step=lambda _step: None
-    )
-    return host.apply_weights(video, weights)
+    def video(self) -> host.ModelPatcher:
+        """The inflated model, untuned."""
+        return host.inflate(self.studio.model, "video")
 
+    @cached_property
+    def tuned(self) -> host.ModelPatcher:
+        return self.tune()
 
-def edit_from(studio: Studio, video: host.ModelPatcher, start: dict[str, Any]) -> Edit:
-    empty = studio.encode("")
-    return lambda prompt: host.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
+    def tune(self) -> host.ModelPatcher:
+        video, caption = self.video(), self.studio.encode(self.clip.caption)
+        weights = host.one_shot_tune(video, self.latent, caption, RECIPE, "fp32", False, on_step=quiet)
+        return host.apply_weights(video, weights)
+
+    def invert(self, video: host.ModelPatcher) -> dict[str, Any]:
+        return host.invert(video, self.latent, self.studio.encode(""), STEPS, quiet)[0]
+
+    def edit_from(self, video: host.ModelPatcher, start: dict[str, Any]) -> Edit:
+        studio, empty = self.studio, self.studio.encode("")
+        return lambda prompt: host.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
 
 
 def quiet(*_args: Any) -> None:
     """Instead of the host's previews."""
 
 
-def whole_method(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
-    video = tuned(studio, clip, latent)
-    return edit_from(studio, video, host.invert(video, latent, studio.encode(""), STEPS, quiet)[0])
+def whole_method(subject: Subject) -> Edit:
+    return subject.edit_from(subject.tuned, subject.invert(subject.tuned))
 
 
-def without_tuning(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
-    video = host.inflate(studio.model, "video")
-    return edit_from(studio, video, host.invert(video, latent, studio.encode(""), STEPS, quiet)[0])
+def without_tuning(subject: Subject) -> Edit:
+    video = subject.video()
+    return subject.edit_from(video, subject.invert(video))
 
 
-def without_inversion(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+def without_inversion(subject: Subject) -> Edit:
     """The tuned model from noise that has nothing of the clip."""
-    video = tuned(studio, clip, latent)
-    sigma = ddim.ddim_sigmas(host.model_sigmas(video), STEPS)[-1]
-    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(0))
-    start = video.model.process_latent_out(noise * (1 + sigma**2).sqrt())
-    return edit_from(studio, video, {"samples": start, host.KEY: {"steps": STEPS}})
+    sigma = ddim.ddim_sigmas(host.model_sigmas(subject.tuned), STEPS)[-1]
+    noise = torch.randn(subject.latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    start = subject.tuned.model.process_latent_out(noise * (1 + sigma**2).sqrt())
+    return subject.edit_from(subject.tuned, {"samples": start, host.KEY: {"steps": STEPS}})
 
 
-def without_sparse_causal(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+def without_sparse_causal(subject: Subject) -> Edit:
     """Every frame attends to itself, as in the image model; the rest as it is, tuning too."""
     own_frame = mock.patch.object(inflation, "sparse_causal", lambda kv, _frames: kv)
     with own_frame:
-        whole = whole_method(studio, clip, latent)
-
-    def edit(prompt: str) -> dict[str, Tensor]:
-        with own_frame:
-            return whole(prompt)
-
-    return edit
+        video = subject.tune()
+        edit = subject.edit_from(video, subject.invert(video))
+    return own_frame(edit)
 
 
-def frame_by_frame(studio: Studio, clip: Clip, latent: dict[str, Tensor]) -> Edit:
+def frame_by_frame(subject: Subject) -> Edit:
     """The image model on each frame by itself: inflated, one frame is exactly that."""
-    parts = [without_tuning(studio, clip, {"samples": frame[None]}) for frame in latent["samples"]]
+    frames = [replace(subject, latent={"samples": frame[None]}) for frame in subject.latent["samples"]]
+    parts = [without_tuning(frame) for frame in frames]
     return lambda prompt: {"samples": torch.cat([part(prompt)["samples"] for part in parts])}
 
 
@@ -163,11 +174,11 @@ def run(studio: Studio, clips: list[tuple[str, ...]], methods: list[str], out: P
     rows = []
     for number, (motion, thing, place, *new) in enumerate(tqdm(clips, "clips")):
         clip = world.make_clip(motion, thing, place, frames=FRAMES, seed=100 + number)
-        latent = studio.latents(clip.frames)
+        subject = Subject(studio, clip, studio.latents(clip.frames))
         strips = {"source": torch.from_numpy(clip.frames).float() / 255}
         for name in methods:
             started = time.perf_counter()
-            edit = METHODS[name](studio, clip, latent)
+            edit = METHODS[name](subject)
             for head, wanted in edits(clip, tuple(new)).items():
                 pictures = studio.decode(edit(wanted.caption))
                 measured = judge_edit(studio, clip, head, wanted, pictures)

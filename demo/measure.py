@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from .classifier import HEADS, Classifier
 from .world import Array, Scene
@@ -54,6 +55,13 @@ def frame_consistency(judge: Classifier, pictures: Tensor) -> float:
     """
     features = judge.features(channels_first(pictures))
     return float(torch.cosine_similarity(features[1:], features[:-1]).mean())
+
+
+def change_correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson correlation of where and when two clips of one size change from frame to frame, at an eighth the size."""
+    changes = [channels_first(pictures).mean(1, keepdim=True).diff(dim=0).abs() for pictures in (a, b)]
+    coarse = torch.stack([avg_pool2d(change, 8).flatten() for change in changes])
+    return float(torch.corrcoef(coarse)[0, 1])
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

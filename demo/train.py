@@ -53,7 +53,7 @@ RECIPES = {
     "cpu": {
         "autoencoder": Stage(steps=1500, batch=16, pictures=3000, lr=2e-3, average=100),
         "classifier": Stage(steps=1200, batch=48, pictures=10000, lr=2e-3),
-        "text_to_image": Stage(steps=10000, batch=16, pictures=12000, lr=2e-3),
+        "text_to_image": Stage(steps=6000, batch=16, pictures=12000, lr=2e-3),
     },
     "cuda": {
         "autoencoder": Stage(steps=8000, batch=64, pictures=20000, lr=2e-3),
@@ -196,7 +196,7 @@ def autocast() -> torch.autocast:
 def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
     """Train on random quarters of pictures; then scale latents to unit variance in SD's latent format."""
     torch.manual_seed(0)
-    vae = networks.new_vae().to(DEVICE, memory_format=torch.channels_last)
+    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
     training = Training(vae, stage, out / "autoencoder.pt", deadline)
     pool = pictures(0, stage.pictures)
     held_out = unit(pictures(0, 32, HELD_OUT))
@@ -231,7 +231,7 @@ def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
     write(out / "vae.pt", partial(torch.save, vae.state_dict()))
 
 
-def start_scale(vae: nn.Module, x: Tensor) -> None:
+def start_scale(vae: networks.TAESD, x: Tensor) -> None:
     """Latents of unit variance from the first step on."""
     with torch.no_grad():
         vae.taesd_encoder[-1].weight /= vae.taesd_encoder(x).std()
@@ -246,7 +246,7 @@ def random_quarter(picture: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(vae: nn.Module, x: Tensor) -> Tensor:
+def reconstruct(vae: networks.TAESD, x: Tensor) -> Tensor:
     """Pictures through the autoencoder, 0 … 1 -> 0 … 1."""
     return torch.cat([vae.decode(vae.encode(part * 2 - 1)) for part in x.split(32)]).div(2).add(0.5).clamp(0, 1)
 
@@ -262,7 +262,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def train_classifier(stage: Stage, out: Path, deadline: float) -> None:
     """Train on rendered pictures, made worse at random, and write it with its accuracy on pictures never seen."""
     torch.manual_seed(2)
-    network = classifier.Classifier().to(DEVICE, memory_format=torch.channels_last)
+    network = classifier.Classifier().to(DEVICE).to(memory_format=torch.channels_last)
     training = Training(network, stage, out / "classifier.pt", deadline)
     pool, truth = pictures(0, stage.pictures), truths(0, stage.pictures, 0)
     held_out, held_out_truth = pictures(0, 1000, HELD_OUT), truths(0, 1000, HELD_OUT)
@@ -293,11 +293,11 @@ def train_classifier(stage: Stage, out: Path, deadline: float) -> None:
     write(out / "classifier.safetensors", lambda file: classifier.save(network, file, show()))
 
 
-def truths(start: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def truths(start: int, count: int, seed: int) -> list[Tensor]:
     """Object, background and style as class numbers [count], and centres [count, 2], of the pictures of `seed`."""
     scenes = [world.random_scene(seed, i) for i in range(start, start + count)]
     labels = ([names.index(getattr(scene, head)) for scene in scenes] for head, names in classifier.HEADS.items())
-    return *map(torch.tensor, labels), torch.tensor([(scene.x, scene.y) for scene in scenes])
+    return [*map(torch.tensor, labels), torch.tensor([(scene.x, scene.y) for scene in scenes])]
 
 
 def spoilt(x: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ def spoilt(x: Tensor) -> Tensor:
 
 def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
     """Train UNet and text encoder together to find the noise in noisy latents, and write the finished model."""
-    vae = networks.new_vae().to(DEVICE, memory_format=torch.channels_last)
+    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
     vae.load_state_dict(torch.load(out / "vae.pt", map_location=DEVICE, weights_only=True))
     latents = encoded(vae, stage.pictures, out / "latents", 0)
     held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT)
@@ -375,7 +375,7 @@ def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
 
 
 @torch.inference_mode()
-def encoded(vae: nn.Module, count: int, folder: Path, seed: int, part: int = 1000) -> Tensor:
+def encoded(vae: networks.TAESD, count: int, folder: Path, seed: int, part: int = 1000) -> Tensor:
     """Latents of the first `count` pictures as the UNet sees them, float16 [count, 4, h, w]; kept in `folder`."""
     folder.mkdir(exist_ok=True)
     for start in range(0, count, part):

@@ -95,9 +95,14 @@ def caption(object: str, background: str, style: str = "plain") -> str:
     return f"{article} {object} {BACKGROUNDS[background]}{STYLES[style]}"
 
 
+def scenes() -> Iterator[Scene]:
+    """One scene of every caption of the world."""
+    return (Scene(o, b, s) for o in OBJECTS for b in BACKGROUNDS for s in STYLES)
+
+
 def captions() -> Iterator[str]:
     """Every caption of the world."""
-    return (caption(o, b, s) for o in OBJECTS for b in BACKGROUNDS for s in STYLES)
+    return (scene.caption for scene in scenes())
 
 
 def random_scene(seed: int, index: int) -> Scene:
@@ -147,8 +152,8 @@ def _sprite(object: str) -> tuple[Image.Image, float]:
         red = np.clip(pixels[..., :1] - pixels[..., 1:3].max(-1, keepdims=True), 0, None)
         pixels[..., :3] += red * (np.array(COLOURS[colour[0]], np.float32) - (1, 0, 0))
         sprite = Image.fromarray(_bytes(pixels / 255), "RGBA")
-    top, bottom = sprite.getbbox()[1::2]
-    return sprite, (bottom - top) / CELL
+    rows = np.asarray(sprite)[..., 3].any(1).nonzero()[0]
+    return sprite, (rows[-1] + 1 - rows[0]) / CELL
 
 
 def _shadow(scene: Scene, side: int) -> Array:

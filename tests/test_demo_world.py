@@ -1,8 +1,9 @@
 """The procedural world: seeded, captioned, and its clips tell the truth."""
 
+import av
 import numpy as np
 import pytest
-from tune_a_video.demo import world
+from tune_a_video.demo import make_quickstart, world
 from tune_a_video.demo.world import Scene
 
 
@@ -62,3 +63,11 @@ def test_clips(motion):
 def test_an_unknown_motion_is_named():
     with pytest.raises(ValueError, match="'spiral'.*line"):
         world.make_clip("spiral", "dog", "beach")
+
+
+def test_the_quickstart_is_the_clip_that_it_is_made_from():
+    with av.open(str(make_quickstart.FILE)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    truth = make_quickstart.quickstart().frames
+    assert frames.shape == truth.shape
+    assert np.abs(frames.astype(int) - truth).mean() < 4

@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 from checkpoint import write_checkpoint
-from live_server import PROJECT, Server, to_api
+from live_server import PROJECT, Server
+from tune_a_video.demo.api import find, to_api
 
 CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
 FRAMES, SIZE = 4, 64
@@ -62,10 +63,6 @@ def prompt(server, source):
     return prompt
 
 
-def node_of(prompt, kind):
-    return next(name for name, node in prompt.items() if node["class_type"] == kind)
-
-
 def test_example_workflow_writes_the_edited_video(server, source, prompt):
     progress, previews = {}, {}
     running = ""
@@ -84,7 +81,7 @@ def test_example_workflow_writes_the_edited_video(server, source, prompt):
     for node in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
         assert progress[node] == (2, 2) and previews[node] >= 1, node
 
-    written = history["outputs"][node_of(prompt, "SaveVideo")]["images"][0]
+    written = history["outputs"][find(prompt, "SaveVideo")]["images"][0]
     with av.open(str(server.base / "output" / written["subfolder"] / written["filename"])) as video:
         # The clip takes every second frame and keeps the speed of the source.
         assert abs(video.streams.video[0].average_rate - source[1] / 2) < Fraction(1, 100)
@@ -94,7 +91,7 @@ def test_example_workflow_writes_the_edited_video(server, source, prompt):
 
 
 def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt):
-    prompt[node_of(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1000, "seed": 1}
+    prompt[find(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1000, "seed": 1}
     seen, cancelled = [], None
 
     def on_event(kind, data):
@@ -109,12 +106,12 @@ def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt
     assert history["status"]["messages"][-1][0] == "execution_interrupted"
     assert cancelled is not None and seen[-1][0] <= 4
 
-    prompt[node_of(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1}
+    prompt[find(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1}
     assert server.run(prompt)["status"]["status_str"] == "success"
 
 
 def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
-    prompt[node_of(prompt, "TAVPrepareClip")]["inputs"] |= {"count": 300}
+    prompt[find(prompt, "TAVPrepareClip")]["inputs"] |= {"count": 300}
     started = []
     history = server.run(prompt, lambda kind, data: started.append(data) if kind == "progress" else None)
     error = dict(history["status"]["messages"])["execution_error"]

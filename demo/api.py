@@ -1,0 +1,137 @@
+"""The few calls of ComfyUI's HTTP interface that a program needs: what the page itself does when Run is pressed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import aiohttp
+
+Prompt = dict[str, dict[str, Any]]
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+class Refused(Exception):
+    """ComfyUI does not take the prompt; the text says why, a line a node."""
+
+
+class Comfy:
+    """A running ComfyUI at `address`, such as http://127.0.0.1:8188."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.client = uuid.uuid4().hex
+
+    def get(self, path: str) -> Any:
+        with urlopen(self.address + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, data: Any) -> Any:
+        with urlopen(Request(self.address + path, json.dumps(data).encode()), timeout=30) as answer:
+            body = answer.read()
+        return json.loads(body) if body else None
+
+    def upload(self, file: Path) -> str:
+        """Put a file into ComfyUI's input folder; returns its name there."""
+        return asyncio.run(self._upload(file))
+
+    async def _upload(self, file: Path) -> str:
+        with file.open("rb") as content:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{self.address}/upload/image", data={"image": content, "overwrite": "true"}) as answer,
+            ):
+                return (await answer.json())["name"]
+
+    def download(self, output: Mapping[str, str]) -> bytes:
+        """A file that a node has written, as its history entry names it."""
+        with urlopen(f"{self.address}/view?{urlencode(output)}", timeout=60) as answer:
+            return answer.read()
+
+    def run(
+        self, prompt: Prompt, on_event: Callable[[str, Any], None] = lambda _kind, _data: None, timeout: float = 86400
+    ) -> dict[str, Any]:
+        """Queue a prompt and wait for its end; returns its history entry.
+
+        Args:
+            on_event: told all that the page would be: JSON messages by their type, binary ones as "binary".
+        Raises:
+            Refused: the prompt is not valid.
+        """
+        return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
+
+    async def _run(self, prompt: Prompt, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
+        socket_address = f"{self.address.replace('http', 'ws', 1)}/ws?clientId={self.client}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(socket_address, max_msg_size=0) as socket,
+        ):
+            try:
+                identity = self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+            except HTTPError as error:
+                raise Refused(refusal(json.loads(error.read()))) from None
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    on_event("binary", message.data)
+                elif message.type is aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
+                    on_event(event["type"], event["data"])
+                    if event["type"] in ENDS and event["data"].get("prompt_id") == identity:
+                        break
+        while identity not in (history := self.get(f"/history/{identity}")):
+            await asyncio.sleep(0.1)
+        return history[identity]
+
+
+def refusal(answer: Mapping[str, Any]) -> str:
+    """ComfyUI's answer to a prompt that it does not take, in words."""
+    lines = [
+        f"{node['class_type']}: {error['message']} ({error['details']})"
+        for node in answer.get("node_errors", {}).values()
+        for error in node["errors"]
+    ]
+    return "\n".join(lines) or answer["error"]["message"]
+
+
+def failure(history: Mapping[str, Any]) -> str | None:
+    """What ended a run before its end, in words; None when nothing did."""
+    messages = dict(history["status"]["messages"])
+    if "execution_error" in messages:
+        error = messages["execution_error"]
+        return f"{error['node_type']}: {error['exception_message'].strip()}"
+    return "the run was cancelled" if "execution_interrupted" in messages else None
+
+
+def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
+    """A workflow as the page saves it → the API's form, as the page sends it."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in object_info:  # a note
+            continue
+        values = iter(node["widgets_values"])
+        # Every widget has an input slot of its name, in the order of the values; an upload button is no input.
+        inputs = {slot["widget"]["name"]: next(values) for slot in node["inputs"] if "widget" in slot}
+        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        known = {name for part in object_info[node["type"]]["input"].values() for name in part}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {name: value for name, value in inputs.items() if name in known},
+            "_meta": {"title": node.get("title", node["type"])},
+        }
+    return prompt
+
+
+def find(prompt: Prompt, kind: str, title: str | None = None) -> str:
+    """The number of the one node of a kind, and of a title where there are several. KeyError when there is none."""
+    for number, node in prompt.items():
+        if node["class_type"] == kind and title in (None, node["_meta"]["title"]):
+            return number
+    raise KeyError(f"{kind} {title or ''}")
