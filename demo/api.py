@@ -124,7 +124,7 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Promp
         prompt[str(node["id"])] = {
             "class_type": node["type"],
             "inputs": {name: value for name, value in inputs.items() if name in known},
-            "_meta": {"title": node.get("title", node["type"])},
+            "_meta": {"title": node.get("title", object_info[node["type"]]["display_name"])},
         }
     return prompt
 

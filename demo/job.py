@@ -195,7 +195,8 @@ def keep(videos: Mapping[str, Video], figures: Mapping[str, Mapping[str, Any]], 
     names = {name: f"edit_{i}" for i, name in enumerate(figures, 1)}
     for name, video in videos.items():
         (OUT / f"{names.get(name, name)}.mp4").write_bytes(video.file)
-    labelled = {figures[name]["prompt"] if name in figures else name: video.pictures for name, video in videos.items()}
+    labelled = {name: videos[name].pictures for name in ("source", "reconstruction")}
+    labelled |= {row["prompt"]: videos[name].pictures for name, row in figures.items()}
     sheet.contact_sheet(labelled).save(OUT / "contact_sheet.png")
     write_video(OUT / "side_by_side.mp4", sheet.side_by_side(labelled), videos["source"].fps)
     (OUT / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -2,7 +2,7 @@
 
   python run.py quality [--model FILE] [--classifier FILE] [--out FOLDER] [--prompts N]
 
-Writes quality.json and quality.png (prompts that were missed are red). Exits 1 when a figure is below its floor.
+Writes quality.json and quality.jpg (prompts that were missed are red). Exits 1 when a figure is below its floor.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
-    grid(pictures[:64], [scene.caption for scene in scenes], right).save(args.out / "quality.png")
+    grid(pictures[:64], [scene.caption for scene in scenes], right).save(args.out / "quality.jpg", quality=88)
     print(json.dumps(report, indent=2))
     missed = [f"{name} {report[name]} < {floor}" for name, floor in FLOORS.items() if report[name] < floor]
     sys.exit(f"below the floor: {', '.join(missed)}" if missed else 0)

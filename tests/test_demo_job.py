@@ -1,0 +1,73 @@
+"""The job of `run.py demo`, short: over HTTP in a started server, and what it says of bad input."""
+
+import json
+
+import pytest
+from live_server import Server
+from tune_a_video.demo import job
+from tune_a_video.demo.api import Refused, find
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("demo")) as server:
+        yield server
+
+
+def change(prompt, **inputs):
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in inputs.items() if name in node["inputs"]}
+
+
+def test_the_quickstart_edits_what_it_should_where_it_should(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "OUT", tmp_path / "out")
+    prompt = job.quickstart(server)
+    change(prompt, steps=20)
+    videos, seconds = job.run(server, prompt)
+    assert set(videos) == {"source", "reconstruction", *job.EDITS} and {"tune", "invert", "sample"} <= seconds.keys()
+    figures = job.measure_demo(prompt, videos)
+    # Twenty steps instead of 100 and 50: a new object is then not yet in every frame.
+    for edit, right, motion in (("object", 0.6, 0.4), ("background", 0.75, 0.8), ("style", 0.75, 0.8)):
+        assert figures[edit]["right"] >= right and figures[edit]["motion"] > motion, figures[edit]
+    psnr = job.measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures)
+    assert psnr > 22
+
+    job.keep(videos, figures, {"edits": figures})
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"source.mp4", "edit_3.mp4", "side_by_side.mp4", "contact_sheet.png", "report.json"} <= written
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["edits"]["style"]["right"] >= 0.75
+    together = job.read((tmp_path / "out" / "side_by_side.mp4").read_bytes())
+    assert together.pictures.shape[0] == 8 and together.fps == videos["source"].fps
+    assert "prompt" in job.table(figures)
+
+
+def test_what_the_server_refuses_or_fails_at_is_said_in_a_line(server):
+    prompt = job.quickstart(server)
+    prompt[find(prompt, "TAVDemoClip")]["inputs"]["object"] = "unicorn"
+    with pytest.raises(Refused, match="TAVDemoClip: Value not in list"):
+        job.run(server, prompt)
+    prompt = job.quickstart(server)
+    prompt[find(prompt, "TAVDDIMInvert")]["inputs"]["latents"] = [find(prompt, "TAVSampleVideo", "sample: style"), 0]
+    with pytest.raises(Refused):
+        job.run(server, prompt)
+    prompt = job.quickstart(server)
+    change(prompt, steps=1)
+    prompt[find(prompt, "TAVSampleVideo", "sample: style")]["inputs"]["steps"] = 3
+    with pytest.raises(job.Stopped, match="TAVSampleVideo: the latents were inverted in 1 steps"):
+        job.run(server, prompt)
+
+
+def test_an_own_clip_gets_an_output_for_each_edit(server):
+    names = {"source", "reconstruction", "a dog", "a cat"}
+    prompt = job.own_clip(server, job.PROJECT / "demo" / "quickstart.mp4", "a car", "sd.ckpt", ["a dog", "a cat"])
+    outputs = {node["_meta"]["title"] for node in prompt.values() if node["class_type"] == "SaveVideo"}
+    assert outputs == names
+    clip = prompt[find(prompt, "TAVPrepareClip")]["inputs"]
+    assert (clip["count"], clip["stride"]) == (8, 1), "as many of the video's eight frames as there are"
+    for node in prompt.values():
+        for value in node["inputs"].values():
+            assert not isinstance(value, list) or value[0] in prompt
+    texts = {node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"}
+    assert texts == {"", "a car", "a dog", "a cat"}
+    with pytest.raises(Refused, match="CheckpointLoaderSimple"):  # there is no such checkpoint
+        job.run(server, prompt)
