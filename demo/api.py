@@ -74,9 +74,14 @@ class Comfy:
             session.ws_connect(socket_address, max_msg_size=0) as socket,
         ):
             try:
-                identity = self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+                queued = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
             except HTTPError as error:
                 raise Refused(refusal(json.loads(error.read()))) from None
+            identity = queued["prompt_id"]
+            if queued["node_errors"]:  # ComfyUI runs what is valid of it; a part is not what was asked for
+                self.post("/queue", {"delete": [identity]})
+                self.post("/interrupt", {"prompt_id": identity})
+                raise Refused(refusal(queued))
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.BINARY:
                     on_event("binary", message.data)

@@ -361,15 +361,25 @@ def path(motion: str, time: float) -> dict[str, float | bool]:
         return {"x": across, "y": 0.66 - 0.22 * abs(math.sin(2 * math.pi * time)), "flip": True}
     if motion == "zoom":
         return {"size": 0.5 + 0.2 * time}
-    if motion == "turn":  # there and back, facing where it goes
-        return {"x": 0.7 - 0.4 * abs(2 * time - 1), "flip": time < 0.5}
-    raise ValueError(f"motion is {motion!r}; expected one of {', '.join(MOTIONS)}.")
+    # A turn: there and back, facing where it goes.
+    return {"x": 0.7 - 0.4 * abs(2 * time - 1), "flip": time < 0.5}
 
 
 def make_clip(
     motion: str, object: str, background: str, style: str = "plain", frames: int = 8, side: int = SIDE, seed: int = 0
 ) -> Clip:
-    """A clip of one object moving over a background that stays; the seed chooses the object's size and the details."""
+    """A clip of one object moving over a background that stays; the seed chooses the object's size and the details.
+
+    Raises ValueError when the world has no such object, background, style or motion.
+    """
+    for what, name, names in (
+        ("motion", motion, MOTIONS),
+        ("object", object, OBJECTS),
+        ("background", background, BACKGROUNDS),
+        ("style", style, STYLES),
+    ):
+        if name not in names:
+            raise ValueError(f"{what} is {name!r}; expected one of: {', '.join(names)}.")
     size = np.random.default_rng(seed).uniform(0.52, 0.6)
     start = Scene(object, background, style, size=size, seed=seed)
     scenes = [replace(start, **path(motion, i / max(frames - 1, 1))) for i in range(frames)]
