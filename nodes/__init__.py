@@ -3,7 +3,20 @@
 from .clip import PrepareClip
 from .inflate import InflateUNet
 from .invert import DDIMInvert
+from .published import ExportPublished, LoadPublished
 from .sample import SampleVideo
 from .tune import OneShotTune
+from .weights import ApplyWeights, LoadWeights, SaveWeights
 
-NODES = [PrepareClip, InflateUNet, OneShotTune, DDIMInvert, SampleVideo]
+NODES = [
+    PrepareClip,
+    InflateUNet,
+    OneShotTune,
+    DDIMInvert,
+    SampleVideo,
+    SaveWeights,
+    LoadWeights,
+    ApplyWeights,
+    LoadPublished,
+    ExportPublished,
+]
