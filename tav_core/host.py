@@ -212,6 +212,7 @@ def family_of(model: ModelPatcher) -> str:
     return f"{name} ({prediction_type_of(model)})"
 
 
+@torch.inference_mode()  # outside of it, some inference tensors cannot be viewed as bytes
 def fingerprint(model: ModelPatcher) -> str:
     """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
 
@@ -665,13 +666,22 @@ def load_weights(name: str) -> TunedWeights:
 def import_published(model: ModelPatcher, name: str) -> tuple[TunedWeights, str]:
     """A published model as weights for this base, and a report of what else differs from the base.
 
+    Raises ValueError as `find` and `read_published` do.
+    """
+    weights, report = read_published(model, find(name))
+    log.info("Tune-A-Video: %s: %s", name, report)
+    return weights, report
+
+
+def read_published(model: ModelPatcher, path: Path) -> tuple[TunedWeights, str]:
+    """`import_published` of a folder or file anywhere.
+
     Raises ValueError when it is no published Tune-A-Video model, or of another shape.
     """
-    unet = unet_of(model)
+    parts = parts_of(unet_of(model))
     family = family_of(model)
-    tensors, config = published.read(find(name))
-    parts = parts_of(unet)
     names = own_names(model)
+    tensors, config = published.read(path)
     if config is not None:
         published.check_config(config, {name: block.n_heads for name, block in parts.blocks.items()}, names)
     layers = TemporalLayers(parts, device="meta").named()
@@ -681,26 +691,30 @@ def import_published(model: ModelPatcher, name: str) -> tuple[TunedWeights, str]
     weights = TunedWeights(
         queries, temporal, frames=None, group_norm="video", base_family=family, base_fingerprint=fingerprint(model)
     )
-    log.info("Tune-A-Video: %s: %s", name, report)
     return weights, report
 
 
 def export_published(model: ModelPatcher, weights: TunedWeights, prefix: str) -> str:
-    """Write a base with its weights as a published model, in float32, into a new folder; its name.
+    """Write a base with its weights as a published model into a new folder; its name.
 
     Raises ValueError when they do not fit each other, or the disk does not take them.
     """
     folder = files.numbered(weights_folder(), prefix)
     check_base(model, weights)
+    write_published(model, weights, folder)
+    if weights.group_norm != "video":
+        log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
+    return folder.relative_to(weights_folder()).as_posix()
+
+
+def write_published(model: ModelPatcher, weights: TunedWeights, folder: Path) -> None:
+    """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `export_published`."""
     apply_weights(model, weights)  # for its checks of names and shapes
     names = own_names(model)
     heads = {name: block.n_heads for name, block in parts_of(unet_of(model)).blocks.items()}
     config = published.config_of(model.model.model_config.unet_config, heads, names)
     tensors = published.from_weights(weights, names, effective_weights(model, torch.device("cpu")))
     published.write(folder, config, tensors)
-    if weights.group_norm != "video":
-        log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
-    return folder.relative_to(weights_folder()).as_posix()
 
 
 # --- invert and sample ------------------------------------------------------------------------------------------
