@@ -212,7 +212,6 @@ def family_of(model: ModelPatcher) -> str:
     return f"{name} ({prediction_type_of(model)})"
 
 
-@torch.inference_mode()  # outside of it, some inference tensors cannot be viewed as bytes
 def fingerprint(model: ModelPatcher) -> str:
     """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
 
@@ -223,7 +222,9 @@ def fingerprint(model: ModelPatcher) -> str:
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            # Cloned: an inference tensor that was cast outside of inference mode cannot be viewed.
+            own = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(own.flatten().view(torch.uint8).numpy().data)
         elif isinstance(part, (list, tuple)):
             digest.update(f"{len(part)}:".encode())
             for entry in part:
