@@ -170,7 +170,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         kind, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
         if shape is None or offsets is None or len(shape) > 8 or len(offsets) != 2:
             raise damaged
-        if kind not in FLOATS:
+        if not isinstance(kind, str) or kind not in FLOATS:
             raise ValueError(
                 f"{path.name} holds {str(kind)[:20]!r} tensors ({name[:100]!r}); expected floating-point weights."
             )

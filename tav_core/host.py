@@ -344,7 +344,9 @@ def check_inputs(
             f"the latents have shape {tuple(samples.shape)}; expected [frames, channels, height, width], as "
             "VAE Encode of an SD checkpoint makes them from a batch of frames."
         )
-    frames, channels = samples.shape[:2]
+    frames, channels, *sides = samples.shape
+    if 0 in sides:
+        raise ValueError(f"the latents have shape {tuple(samples.shape)}, without a pixel: check the frames' size.")
     _refuse_context_windows(model.model_options, frames)
     if channels != unet.in_channels:
         raise ValueError(
@@ -373,6 +375,11 @@ def _check_conditioning(name: str, conditioning: Conditioning, unet: UNetModel, 
         raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
     width = next(block.attn2.to_k.in_features for block in parts_of(unet).blocks.values())
     for entry in conditioning:
+        if entry[0].ndim != 3 or not entry[0].shape[1]:
+            raise ValueError(
+                f"{name} has shape {tuple(entry[0].shape)}; expected [prompts, tokens, width], as CLIP Text Encode "
+                "makes it."
+            )
         batch, _tokens, channels = entry[0].shape
         if batch not in (1, frames):
             raise ValueError(

@@ -20,7 +20,7 @@ FORMAT, FORMAT_VERSION = "tune-a-video weights", 1
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 PARTS = ("queries", "temporal")
 # Bounds of what is kept of a file's metadata: a stranger may have written it.
-MAX_TEXT, MAX_LOSSES, MAX_COUNT = 4096, 2000, 1_000_000
+MAX_CAPTION, MAX_WORDS, MAX_LOSSES, MAX_COUNT = 4096, 128, 2000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
 
 def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """What `to_metadata` wrote, as arguments of TunedWeights. What cannot be understood is unknown, never an error."""
-    text = {key: "".join(c if c.isprintable() else " " for c in value[:MAX_TEXT]) for key, value in metadata.items()}
+    text = {key: "".join(c if c.isprintable() else " " for c in value[:MAX_WORDS]) for key, value in metadata.items()}
     width, _, height = text.get("size", "").partition("x")
     size = _count(width), _count(height)
     losses = _json(metadata.get("losses", ""))
-    recipe = _json(text.get("recipe", ""))
+    recipe = _json(metadata.get("recipe", ""))
     try:
         recipe = Recipe(**recipe) if isinstance(recipe, dict) and all(map(_is_number, recipe.values())) else None
     except (TypeError, ValueError):
@@ -156,7 +156,7 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         "base_family": text.get("base_family", ""),
         "base_fingerprint": text.get("base_fingerprint", ""),
         # The only text with line breaks of its own; shown to people through `repr` alone.
-        "caption": metadata.get("caption", "")[:MAX_TEXT],
+        "caption": metadata.get("caption", "")[:MAX_CAPTION],
         "stride": _count(text.get("stride", "")),
         "size": size if all(size) else None,
         "recipe": recipe,

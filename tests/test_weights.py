@@ -275,8 +275,8 @@ def test_a_strangers_metadata_is_text(file):
         },
     )
     (learned,) = LoadWeights.execute(file.name).result
-    assert learned.caption.startswith("__import__") and len(learned.caption) == weights.MAX_TEXT
-    assert learned.base_family.isprintable() and len(learned.base_family) == weights.MAX_TEXT
+    assert learned.caption.startswith("__import__") and len(learned.caption) == weights.MAX_CAPTION
+    assert learned.base_family.isprintable() and len(learned.base_family) == weights.MAX_WORDS
     assert (learned.frames, learned.stride, learned.size, learned.recipe) == (None,) * 4
     assert (learned.losses, learned.date) == ([], " ")
     for odd in ('{"steps": 1e999}', '{"rm": 1}', "[1]", '{"steps": 0}', "1" * 5000, '{"steps": 1' + "0" * 400 + "}"):
