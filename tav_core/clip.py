@@ -19,7 +19,7 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
         frames: IMAGE, [b, h, w, c], 0 to 1.
         fit: `crop` fills the size and cuts what hangs over, `pad` fits inside on black, `stretch` distorts.
     Returns:
-        [count, height, width, c], 0 to 1.
+        [count, height, width, c], 0 to 1, float32.
     Raises:
         ValueError: the clip is too short (the message says what fits), the size is no multiple of 8, or the frames
             are no pictures that could be brought to it.
@@ -42,7 +42,8 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
             f"{count} frames at stride {stride} from frame {start} need {start + (count - 1) * stride + 1} frames, "
             f"the video has {available}. {_what_fits(available, start, stride, count)}"
         )
-    return _resize(frames[start : start + (count - 1) * stride + 1 : min(stride, available)], width, height, fit)
+    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)].float()
+    return _resize(picked, width, height, fit)
 
 
 def _what_fits(available: int, start: int, stride: int, count: int) -> str:

@@ -345,8 +345,12 @@ def check_inputs(
             "VAE Encode of an SD checkpoint makes them from a batch of frames."
         )
     frames, channels, *sides = samples.shape
-    if 0 in sides:
-        raise ValueError(f"the latents have shape {tuple(samples.shape)}, without a pixel: check the frames' size.")
+    smallest = 2 ** (len(unet.channel_mult) - 1)  # one pixel is left on the coarsest level
+    if min(sides) < smallest:
+        raise ValueError(
+            f"the latents are {sides[1]} x {sides[0]}; this MODEL needs {smallest} x {smallest} or more, which are "
+            f"{LATENT_PIXELS * smallest} pixels a side. Make the clip larger."
+        )
     _refuse_context_windows(model.model_options, frames)
     if channels != unet.in_channels:
         raise ValueError(

@@ -3,12 +3,15 @@
 import json
 import os
 import struct
+import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack import PROJECT
 from safetensors.torch import load_file, save
 from tune_a_video.nodes import (
     ApplyWeights,
@@ -173,7 +176,9 @@ def ends_well(run):
     except (ValueError, FloatingPointError) as error:
         message = str(error)
         assert "\n" not in message and 20 < len(message) < 400, message
-        assert type(error) in (ValueError, FloatingPointError), type(error)
+        # Our own words, not those of what is inside.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        assert raised_in.parent in (PROJECT / "tav_core", PROJECT / "nodes"), raised_in
         return None
 
 
@@ -206,8 +211,12 @@ def tensors(rank, sizes=(0, 1, 2, 3, 4, 5, 7, 8)):
     return draw()
 
 
-GOOD_LATENTS = {"samples": 5 * torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
-GOOD_TEXT = [[torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(0)), {}]]
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+GOOD_LATENTS = {"samples": 5 * randn(5, 4, 8, 8)}
+GOOD_TEXT = [[randn(1, 7, 16), {}]]
 
 
 def mostly(good, strategy):
@@ -221,7 +230,7 @@ def latents(pick):
         frames, channels = pick(st.sampled_from([1, 2, 5])), pick(st.sampled_from([4, 4, 4, 8]))
         height, width = pick(st.sampled_from([(8, 8), (8, 4), (2, 2), (1, 1), (5, 7), (3, 8)]))
         scale = pick(st.sampled_from([1.0, 20.0, 0.0, 1e-30, 1e20]))
-        samples = torch.randn(frames, channels, height, width) * scale
+        samples = randn(frames, channels, height, width) * scale
     else:
         samples = pick(tensors(4))
     steps = pick(st.sampled_from([None, None, 1, 2, 3]))
@@ -231,7 +240,7 @@ def latents(pick):
 @st.composite
 def conditionings(pick):
     many = pick(st.sampled_from([1, 1, 1, 1, 0, 2]))
-    good = st.sampled_from([torch.randn(1, 7, 16), torch.randn(5, 3, 16), torch.randn(1, 1, 16)])
+    good = st.sampled_from([randn(1, 7, 16), randn(5, 3, 16), randn(1, 1, 16)])
     return [[pick(st.one_of(good, good, tensors(3, (0, 1, 5, 7, 16, 17)))), {}] for _ in range(many)]
 
 
@@ -254,7 +263,8 @@ def models():
     from tune_a_video.tav_core.inflation import TemporalLayers
 
     def build(prediction_type="epsilon", **config):
-        unet_config = published.unet_config({**TINY, **config})
+        # Twice as wide as tiny: with one channel a group, torch has rules for one pixel that no real model meets.
+        unet_config = published.unet_config({**TINY, "block_out_channels": [64, 64], **config})
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
             return host.build_model(unet_config, random_weights(unet_config, generator), prediction_type)
@@ -272,20 +282,21 @@ def which(values):
     return st.integers(0, len(values) - 1).map(lambda index: values[index])
 
 
-@examples(700)
+@examples(550)
 @given(data=st.data())
 def test_prepare_clip_with_any_inputs(data):
     sizes = st.one_of(st.sampled_from([8, 16, 24, 64]), st.integers(-8, 70), st.sampled_from([2**31, -(2**63), 10**9]))
+    counts = st.one_of(st.integers(-3, 12), st.just(2**63))
     ends_well(
         lambda: PrepareClip.execute(
-            data.draw(st.one_of(tensors(4), st.just(torch.rand(9, 8, 12, 3)))),
-            data.draw(st.one_of(st.integers(-3, 12), st.just(2**63))),
-            data.draw(st.one_of(st.integers(-3, 4), st.just(2**63))),
-            data.draw(st.one_of(st.integers(-3, 12), st.just(2**63))),
-            data.draw(sizes),
-            data.draw(sizes),
-            data.draw(st.sampled_from(["crop", "pad", "stretch", "tile", ""])),
-            data.draw(numbers),
+            data.draw(mostly(randn(9, 8, 12, 3).clamp(0, 1), tensors(4))),
+            data.draw(mostly(1, counts)),
+            data.draw(mostly(2, counts)),
+            data.draw(mostly(3, counts)),
+            data.draw(mostly(16, sizes)),
+            data.draw(mostly(24, sizes)),
+            data.draw(mostly("crop", st.sampled_from(["pad", "stretch", "tile", ""]))),
+            data.draw(mostly(24.0, numbers)),
         )
     )
 
@@ -299,8 +310,7 @@ def test_inflate_and_apply_with_any_inputs(data, models, make_weights):
     learned = replace(learned, frames=data.draw(st.sampled_from([None, 2, 5])))
     applied = ends_well(lambda: ApplyWeights.execute(model, learned, data.draw(numbers), data.draw(numbers)))
     if applied is not None:
-        text = [[torch.randn(1, 7, 16), {}]]
-        ends_well(lambda: DDIMInvert.execute(applied.result[0], data.draw(latents()), text, 1))
+        ends_well(lambda: DDIMInvert.execute(applied.result[0], data.draw(latents()), GOOD_TEXT, 1))
 
 
 @examples(100)
@@ -325,7 +335,12 @@ def test_tune_with_any_inputs(data, models):
 @examples(250)
 @given(data=st.data())
 def test_invert_with_any_inputs(data, models):
-    inputs = mostly(models[0], which(models)), latents(), mostly(GOOD_TEXT, conditionings()), mostly(2, few_steps)
+    inputs = (
+        mostly(models[0], which(models)),
+        mostly(GOOD_LATENTS, latents()),
+        mostly(GOOD_TEXT, conditionings()),
+        mostly(2, few_steps),
+    )
     ends_well(lambda: DDIMInvert.execute(*map(data.draw, inputs)))
 
 
@@ -359,7 +374,7 @@ anything = st.recursive(
 )
 
 
-@examples(250)
+@examples(450)
 @given(data=st.data())
 def test_any_header(folder, models, written, data):
     """A good file whose header a stranger edited, or bytes in its place."""
@@ -387,7 +402,7 @@ def test_any_header(folder, models, written, data):
         ends_well(lambda: ApplyWeights.execute(models[3], loaded, 1.0, 1.0))
 
 
-@examples(150)
+@examples(100)
 @given(data=st.data())
 def test_any_published_tensors(folder, models, written, data):
     """A published model of which a stranger renamed, left out, reshaped or retyped tensors, or its configuration."""
