@@ -66,8 +66,11 @@ def trap(folder):
         "dangling.safetensors": outside / "new.safetensors",
         "loop": folder / "loop",
     }
-    for name, target in links.items():
-        (folder / name).symlink_to(target)
+    try:
+        for name, target in links.items():
+            (folder / name).symlink_to(target)
+    except OSError:
+        pytest.skip("this system lets only administrators make links")
     return folder
 
 
@@ -153,6 +156,7 @@ def test_links_that_go_in_circles(trap, model, make_weights):
         SaveWeights.execute(make_weights(model), "loop/x", "fp32")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_not_opened(folder):
     os.mkfifo(folder / "pipe.safetensors")
     with pytest.raises(ValueError, match="there is no 'pipe.safetensors'"):

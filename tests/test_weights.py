@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest._io import Hidden, HiddenHolder
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tune_a_video.nodes import ApplyWeights, LoadWeights, OneShotTune, SaveWeights
@@ -366,8 +367,11 @@ def test_caption_and_stride_from_the_graph(node_id, caption, stride):
 
 
 def test_one_shot_tune_asks_the_graph(inflated, clip, prompts):
-    hidden = {"PROMPT": GRAPH, "UNIQUE_ID": "6"}
-    run = OneShotTune.PREPARE_CLASS_CLONE({kind: hidden[kind.value] for kind in OneShotTune.define_schema().hidden})
-    learned: TunedWeights = run.execute(inflated, clip, prompts[1], 1, 1e-3, 7, "fp32", False, 0.01, 1.0).result[1]
+    assert {"PROMPT", "UNIQUE_ID"} == {kind.value for kind in OneShotTune.define_schema().hidden}
+
+    class InGraph(OneShotTune):  # as the host clones it for each call
+        hidden = HiddenHolder.from_dict({Hidden.prompt: GRAPH, Hidden.unique_id: "6"})
+
+    learned: TunedWeights = InGraph.execute(inflated, clip, prompts[1], 1, 1e-3, 7, "fp32", False, 0.01, 1.0).result[1]
     assert (learned.caption, learned.stride) == ("a man is skiing", 3)
     assert learned.recipe == Recipe(1, 1e-3, 7)
