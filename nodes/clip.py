@@ -33,10 +33,12 @@ class PrepareClip(io.ComfyNode):
                     "width",
                     default=512,
                     min=8,
-                    max=8192,
+                    max=clip.MAX_SIZE,
                     tooltip="Width in pixels, a multiple of 8. SD 1.x is at home at 512, SD 2.1 at 768.",
                 ),
-                io.Int.Input("height", default=512, min=8, max=8192, tooltip="Height in pixels, a multiple of 8."),
+                io.Int.Input(
+                    "height", default=512, min=8, max=clip.MAX_SIZE, tooltip="Height in pixels, a multiple of 8."
+                ),
                 io.Combo.Input(
                     "fit",
                     options=list(clip.FITS),

@@ -1,8 +1,9 @@
 import time
+from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..tav_core import host
+from ..tav_core import graph, host
 from ..tav_core.clip import to_image
 from ..tav_core.plot import loss_curve
 from ..tav_core.tuning import Recipe
@@ -81,6 +82,7 @@ class OneShotTune(io.ComfyNode):
                     tooltip="Gradients longer than this are shortened to it, so that one step cannot spoil the tune.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],  # the graph, which knows the caption's text
             outputs=[
                 io.Model.Output("tuned_model", display_name="model", tooltip="The tuned model, to invert and sample."),
                 Weights.Output("weights", display_name="weights", tooltip="What was learned, without the base model."),
@@ -116,5 +118,8 @@ class OneShotTune(io.ComfyNode):
             show(step.number, picture)
 
         weights = host.one_shot_tune(model, latents, caption, recipe, precision, gradient_checkpointing, on_step)
+        if cls.hidden:
+            prompt, node = cls.hidden.prompt, cls.hidden.unique_id
+            weights = replace(weights, caption=graph.caption_of(prompt, node), stride=graph.stride_of(prompt, node))
         plot = to_image(loss_curve(weights.losses, steps))
         return io.NodeOutput(host.apply_weights(model, weights), weights, plot)

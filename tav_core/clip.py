@@ -9,6 +9,7 @@ from torch import Tensor
 
 Fit = Literal["crop", "stretch", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
+MAX_SIZE = 8192  # pixels
 
 
 def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int, height: int, fit: str) -> Tensor:
@@ -18,11 +19,12 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
         frames: IMAGE, [b, h, w, c], 0 to 1.
         fit: `crop` fills the size and cuts what hangs over, `pad` fits inside on black, `stretch` distorts.
     Returns:
-        [count, height, width, c], 0 to 1.
+        [count, height, width, c], 0 to 1, float32.
     Raises:
-        ValueError: the clip is too short (the message says what fits), or the size is no multiple of 8.
+        ValueError: the clip is too short (the message says what fits), the size is no multiple of 8, or the frames
+            are no pictures that could be brought to it.
     """
-    if frames.ndim != 4 or frames.shape[0] == 0:
+    if frames.ndim != 4 or 0 in frames.shape or not frames.is_floating_point():
         raise ValueError("there are no frames: connect the images of a video (Get Video Components).")
     if start < 0 or stride < 1 or count < 1:
         raise ValueError(f"start {start}, stride {stride}, count {count}: start is from 0, the others from 1.")
@@ -30,13 +32,18 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
         if size < 8 or size % 8:
             lower = max(size // 8 * 8, 8)
             raise ValueError(f"{name} is {size}; it must be a multiple of 8, such as {lower} or {lower + 8}.")
+        if size > MAX_SIZE:
+            raise ValueError(f"{name} is {size}; the largest is {MAX_SIZE} pixels.")
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit[:20]!r}; it must be one of {', '.join(FITS)}.")
     available = frames.shape[0]
     if start + (count - 1) * stride >= available:
         raise ValueError(
             f"{count} frames at stride {stride} from frame {start} need {start + (count - 1) * stride + 1} frames, "
             f"the video has {available}. {_what_fits(available, start, stride, count)}"
         )
-    return _resize(frames[start : start + (count - 1) * stride + 1 : stride], width, height, fit)
+    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)].float()
+    return _resize(picked, width, height, fit)
 
 
 def _what_fits(available: int, start: int, stride: int, count: int) -> str:
@@ -57,6 +64,11 @@ def _resize(frames: Tensor, width: int, height: int, fit: str) -> Tensor:
     elif fit == "pad":
         scale_x = scale_y = min(scale_x, scale_y)
     scaled = (max(round(old_height * scale_y), 1), max(round(old_width * scale_x), 1))
+    if max(scaled) > 16 * MAX_SIZE:
+        raise ValueError(
+            f"pictures of {old_width} x {old_height} pixels cannot fill {width} x {height} without becoming gigantic: "
+            "set fit to stretch or pad."
+        )
     pictures = rearrange(frames, "b h w c -> b c h w")
     pictures = F.interpolate(pictures, size=scaled, mode="bicubic", antialias=True).clamp(0, 1)
     # Negative padding crops: both fits centre the picture in the wanted size.

@@ -15,14 +15,18 @@ Host symbols used, and why:
 - `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.sd.CLIP`, `comfy.sd.VAE`, `comfy.sd1_clip`,
   `comfy.supported_models_base.ClipTarget`, `comfy.utils.unet_to_diffusers`: small models of one's own, in published
   naming.
+- `folder_paths`: the folder of weights files, `models/tune_a_video`, as extra_model_paths.yaml may add to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -37,24 +41,31 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from . import ddim
+from . import ddim, files, published
 from .attention import sdpa_override
 from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
 from .tuning import PredictionType, Recipe, Step, draw, trains, tune
-from .weights import TunedWeights
+from .weights import TunedWeights, difference, load_file, save_file
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 Conditioning = list[list[Any]]
 KEY = "tune_a_video"
 UNET = "diffusion_model."
+FOLDER = "tune_a_video"
+LATENT_PIXELS = 8  # width and height of what one latent stands for
 
 log = logging.getLogger(__name__)
+
+# After those of extra_model_paths.yaml, which the host has read by now: new files go to the first folder.
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,37 @@ def published_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
     return comfy.utils.unet_to_diffusers(unet_config)
 
 
+def own_names(model: ModelPatcher) -> dict[str, str]:
+    """Published name → host's name of every tensor of this model's image UNet.
+
+    Raises ValueError when it has one that published models do not.
+    """
+    own = shapes_of(model).keys()
+    names = published_names(model.model.model_config.unet_config)
+    names = {theirs: ours for theirs, ours in names.items() if ours in own}
+    if missing := own - set(names.values()):
+        raise ValueError(
+            f"this MODEL's UNet has {len(missing)} tensors that published models do not have, the first is "
+            f"{min(missing)}. Use a plain Stable Diffusion 1.x or 2.x checkpoint."
+        )
+    return names
+
+
+def shapes_of(model: ModelPatcher) -> dict[str, torch.Size]:
+    """The shape of every tensor of the model's UNet, by the host's names."""
+    # Not from the modules: a host that loads weights only as they are needed leaves None there.
+    return {key.removeprefix(UNET): entry[0][0].shape for key, entry in model.get_key_patches(UNET).items()}
+
+
+def family_of(model: ModelPatcher) -> str:
+    """What weights must share to fit each other, in words: the architecture and what the network predicts."""
+    config = model.model.model_config.unet_config
+    channels, context = config["model_channels"], config["context_dim"]
+    names = {(320, 768): "Stable Diffusion 1.x", (320, 1024): "Stable Diffusion 2.x"}
+    name = names.get((channels, context), f"a UNet of {channels} channels and text width {context}")
+    return f"{name} ({prediction_type_of(model)})"
+
+
 def fingerprint(model: ModelPatcher) -> str:
     """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
 
@@ -198,7 +240,9 @@ def fingerprint(model: ModelPatcher) -> str:
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            # Cloned: an inference tensor that was cast outside of inference mode cannot be viewed.
+            own = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(own.flatten().view(torch.uint8).numpy().data)
         elif isinstance(part, (list, tuple)):
             digest.update(f"{len(part)}:".encode())
             for entry in part:
@@ -318,7 +362,13 @@ def check_inputs(
             f"the latents have shape {tuple(samples.shape)}; expected [frames, channels, height, width], as "
             "VAE Encode of an SD checkpoint makes them from a batch of frames."
         )
-    frames, channels = samples.shape[:2]
+    frames, channels, *sides = samples.shape
+    smallest = 2 ** (len(unet.channel_mult) - 1)  # one pixel is left on the coarsest level
+    if min(sides) < smallest:
+        raise ValueError(
+            f"the latents are {sides[1]} x {sides[0]}; this MODEL needs {smallest} x {smallest} or more, which are "
+            f"{LATENT_PIXELS * smallest} pixels a side. Make the clip larger."
+        )
     _refuse_context_windows(model.model_options, frames)
     if channels != unet.in_channels:
         raise ValueError(
@@ -347,6 +397,11 @@ def _check_conditioning(name: str, conditioning: Conditioning, unet: UNetModel, 
         raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
     width = next(block.attn2.to_k.in_features for block in parts_of(unet).blocks.values())
     for entry in conditioning:
+        if entry[0].ndim != 3 or not entry[0].shape[1]:
+            raise ValueError(
+                f"{name} has shape {tuple(entry[0].shape)}; expected [prompts, tokens, width], as CLIP Text Encode "
+                "makes it."
+            )
         batch, _tokens, channels = entry[0].shape
         if batch not in (1, frames):
             raise ValueError(
@@ -501,19 +556,25 @@ def one_shot_tune(
             draws=draws if draws is not None else draw(latents.shape, len(sigmas), recipe.seed),
             on_step=interruptible,
         )
+        height, width = (LATENT_PIXELS * side for side in samples.shape[2:])
         return TunedWeights(
-            queries={name: (network.trainable[name].detach() - old).cpu() for name, old in before.items()},
+            queries={name: difference(network.trainable[name].detach(), old).cpu() for name, old in before.items()},
             temporal={name: p.detach().cpu().clone() for name, p in network.temporal.named().items()},
             frames=frames,
             group_norm=inflation.group_norm,
             losses=losses,
+            base_family=family_of(model),
+            base_fingerprint=fingerprint(model),
+            size=(width, height),
+            recipe=recipe,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
 
 def apply_weights(
     model: ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0
 ) -> ModelPatcher:
-    """A clone of an inflated model with tuned weights; the base weights are patched by the host, and only while loaded.
+    """A clone of a model, inflated or not, with tuned weights; the host patches its own, and only while it is loaded.
 
     Args:
         motion: strength of the temporal attention.
@@ -522,17 +583,168 @@ def apply_weights(
     """
     temporal = TemporalLayers(parts_of(unet_of(model)))
     temporal.assign(weights.temporal)
+    shapes = shapes_of(model)
+    if wrong := [name for name, delta in weights.queries.items() if shapes.get(name) != delta.shape]:
+        raise ValueError(
+            f"{len(wrong)} of {len(weights.queries)} tuned queries do not fit this MODEL, the first is {min(wrong)}. "
+            "Use weights that were tuned on this model's family."
+        )
     for layer in temporal.layers:
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
     tuned = with_inflation(model, Inflation(temporal, weights.group_norm, weights.frames))
     patches = {f"{UNET}{name}": ("diff", (delta,)) for name, delta in weights.queries.items()}
-    if rejected := patches.keys() - set(tuned.add_patches(patches, strength_patch=content)):
-        raise ValueError(
-            f"{len(rejected)} of {len(patches)} tuned queries do not exist in this MODEL, the first is "
-            f"{min(rejected)}. Use weights that were tuned on this model's family."
-        )
+    tuned.add_patches(patches, strength_patch=content)
     return tuned
+
+
+def check_base(model: ModelPatcher, weights: TunedWeights) -> None:
+    """Whether weights may be applied to a model; another base of the same family is only noted in the log.
+
+    Raises ValueError for another family, naming both, and for a model that carries other tuned weights.
+    """
+    family = family_of(model)
+    if weights.base_family not in ("", family):
+        raise ValueError(
+            f"these weights were tuned on {weights.base_family}, this MODEL is {family}: use a checkpoint of their "
+            "family."
+        )
+    if weights.base_fingerprint == fingerprint(model):
+        return
+    if _is_tuned(model):
+        raise ValueError(
+            "this MODEL has other tuned weights already: connect the MODEL from before One-Shot Tune or Apply Weights."
+        )
+    log.info("Tune-A-Video: the weights were tuned on another base of this family (%s)", family)
+
+
+def _is_tuned(model: ModelPatcher) -> bool:
+    inflation = model.attachments.get(KEY)
+    # An untuned layer's output is zero.
+    return inflation is not None and any(layer.attn_temp.to_out[0].weight.any() for layer in inflation.temporal.layers)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def weights_folder() -> Path:
+    """Where new files go."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def weights_list() -> list[str]:
+    """Names of the weights files that can be loaded, in all folders."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if _found(name)]
+
+
+def published_list() -> list[str]:
+    """Names of the folders and single files that may hold a published model, in all folders."""
+    names = set()
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        inside, _ = folder_paths.recursive_search(folder)
+        names |= set(published.sources(inside))
+    return sorted(name for name in names if _found(name))
+
+
+def find(name: str) -> Path:
+    """The file or folder of a name from a list. Raises ValueError when it is not there, or not inside our folders."""
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        path = files.inside(Path(folder), name)
+        if path.is_file() or path.is_dir():
+            return path
+    raise ValueError(
+        f"there is no {name[:80]!r} in models/{FOLDER}: put it there, or in a folder that extra_model_paths.yaml names "
+        f"as {FOLDER}."
+    )
+
+
+def problem_with(name: str | None) -> bool | str:
+    """True when a name can be read, else why not; a name that another node will make is not known yet (None)."""
+    try:
+        return name is None or bool(find(name))
+    except ValueError as error:
+        return str(error)
+
+
+def _found(name: str) -> bool:
+    return problem_with(name) is True
+
+
+def stamp(name: str) -> str:
+    """Changes when the file, or any file of the folder, is another or was written to. Raises ValueError as `find`."""
+    path = find(name)
+    inside = [path] if path.is_file() else sorted(path.rglob("*"))
+    stats = [file.stat() for file in inside if file.is_file()]
+    return str([(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats])
+
+
+def save_weights(weights: TunedWeights, prefix: str, precision: str) -> str:
+    """Write a new weights file; its name, as `load_weights` takes it."""
+    path = files.numbered(weights_folder(), prefix, ".safetensors")
+    save_file(weights, path, precision)
+    return path.relative_to(weights_folder()).as_posix()
+
+
+def load_weights(name: str) -> TunedWeights:
+    """Read a weights file. Raises ValueError when it is none."""
+    path = find(name)
+    if not path.is_file() or path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path.name} is not a .safetensors file: choose a file that Save Weights wrote.")
+    return load_file(path)
+
+
+def import_published(model: ModelPatcher, name: str) -> tuple[TunedWeights, str]:
+    """A published model as weights for this base, and a report of what else differs from the base.
+
+    Raises ValueError as `find` and `read_published` do.
+    """
+    weights, report = read_published(model, find(name))
+    log.info("Tune-A-Video: %s: %s", name, report)
+    return weights, report
+
+
+def read_published(model: ModelPatcher, path: Path) -> tuple[TunedWeights, str]:
+    """`import_published` of a folder or file anywhere.
+
+    Raises ValueError when it is no published Tune-A-Video model, or of another shape.
+    """
+    parts = parts_of(unet_of(model))
+    family = family_of(model)
+    names = own_names(model)
+    tensors, config = published.read(path)
+    if config is not None:
+        published.check_config(config, {name: block.n_heads for name, block in parts.blocks.items()}, names)
+    layers = TemporalLayers(parts, device="meta").named()
+    shapes = shapes_of(model) | {name: parameter.shape for name, parameter in layers.items()}
+    base = effective_weights(model, torch.device("cpu"))
+    queries, temporal, report = published.to_weights(tensors, names, shapes, base)
+    weights = TunedWeights(
+        queries, temporal, frames=None, group_norm="video", base_family=family, base_fingerprint=fingerprint(model)
+    )
+    return weights, report
+
+
+def export_published(model: ModelPatcher, weights: TunedWeights, prefix: str) -> str:
+    """Write a base with its weights as a published model into a new folder; its name.
+
+    Raises ValueError when they do not fit each other, or the disk does not take them.
+    """
+    folder = files.numbered(weights_folder(), prefix)
+    check_base(model, weights)
+    write_published(model, weights, folder)
+    if weights.group_norm != "video":
+        log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
+    return folder.relative_to(weights_folder()).as_posix()
+
+
+def write_published(model: ModelPatcher, weights: TunedWeights, folder: Path) -> None:
+    """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `export_published`."""
+    apply_weights(model, weights)  # for its checks of names and shapes
+    names = own_names(model)
+    heads = {name: block.n_heads for name, block in parts_of(unet_of(model)).blocks.items()}
+    config = published.config_of(model.model.model_config.unet_config, heads, names)
+    tensors = published.from_weights(weights, names, effective_weights(model, torch.device("cpu")))
+    published.write(folder, config, tensors)
 
 
 # --- invert and sample ------------------------------------------------------------------------------------------

@@ -4,12 +4,29 @@ Its tensors are those of the image UNet in diffusers' names, plus `attn_temp.*` 
 transformer block. (Reference: UNet3DConditionModel in models/unet.py.)
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import files
+from .tuning import trains
+from .weights import TunedWeights, difference
+
 TEMPORAL = (".attn_temp.", ".norm_temp.")
+STEM = "diffusion_pytorch_model"
+# In a folder, the first that exists is read.
+IN_FOLDER = [f"{STEM}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors")]
+IN_FOLDER += [f"{STEM}{ending}" for ending in (".bin", ".bin.index.json", ".fp16.bin")]
+SINGLE = (".safetensors", ".bin", ".pt")
+ROUNDING = 2e-3  # relative L2 distance that storing in half precision can make
+
+
+# --- names and configuration ------------------------------------------------------------------------------------
 
 
 def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,3 +111,241 @@ def split(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict
     own = {every[name]: tensor for name, tensor in tensors.items()}
     temporal = {name: tensor for name, tensor in own.items() if any(part in name for part in TEMPORAL)}
     return {name: tensor for name, tensor in own.items() if name not in temporal}, temporal
+
+
+def config_of(unet_config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
+    """The reference's `config.json` for a host's `UNetModel` configuration: the inverse of `unet_config`.
+
+    Args:
+        heads: attention heads of every transformer block, by the host's name.
+        names: as in `split`.
+    Raises ValueError for what the reference's UNet cannot be.
+    """
+    channels = [unet_config["model_channels"] * factor for factor in unet_config["channel_mult"]]
+    layers = set(unet_config["num_res_blocks"])
+    down, up = list(unet_config["transformer_depth"]), list(unet_config["transformer_depth_output"])
+    if len(layers) > 1 or {*down, *up, unet_config.get("transformer_depth_middle", 1)} - {0, 1}:
+        raise ValueError("this MODEL's UNet has levels of different depth: the published form has no place for that.")
+    (layers,) = layers
+    depth_down = down[::layers]
+    depth_up = up[:: layers + 1][::-1]
+    per_level: dict[int, int] = {}
+    for published, own in _blocks(names).items():
+        kind, level = published.split(".")[:2]
+        if kind != "up_blocks":
+            per_level[len(channels) - 1 if kind == "mid_block" else int(level)] = heads[own]
+    # A level without attention has no heads; any number will do there.
+    levels = [per_level.get(level, min(per_level.values())) for level in range(len(channels))]
+    return {
+        "_class_name": "UNet3DConditionModel",
+        "_diffusers_version": "0.11.1",
+        "sample_size": 64,
+        "in_channels": unet_config["in_channels"],
+        "out_channels": unet_config["out_channels"],
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "cross_attention_dim": unet_config["context_dim"],
+        "attention_head_dim": levels[0] if len(set(levels)) == 1 else levels,
+        "use_linear_projection": bool(unet_config.get("use_linear_in_transformer", False)),
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock3DCrossAttn",
+        "down_block_types": ["CrossAttnDownBlock3D" if depth else "DownBlock3D" for depth in depth_down],
+        "up_block_types": ["CrossAttnUpBlock3D" if depth else "UpBlock3D" for depth in depth_up],
+    }
+
+
+def check_config(config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> None:
+    """Compare a `config.json` with a model where the tensors cannot tell.
+
+    Raises ValueError when the attention heads differ; arguments as in `config_of`.
+    """
+    try:
+        theirs = heads_per_block(config, names)
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(
+            "config.json does not describe a UNet of this MODEL's form (attention_head_dim, block_out_channels): it "
+            "belongs to another model."
+        ) from None
+    if wrong := sorted(name for name, count in heads.items() if theirs[name] != count):
+        raise ValueError(
+            f"config.json gives {theirs[wrong[0]]!r} attention heads where this MODEL has {heads[wrong[0]]}: it was "
+            "tuned on another family of checkpoints."
+        )
+
+
+# --- what is in the tensors -------------------------------------------------------------------------------------
+
+
+def to_weights(
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    shapes: Mapping[str, torch.Size],
+    base: Iterable[tuple[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """A published state dict as (change of the queries, temporal layers, report of what else differs from the base).
+
+    Args:
+        names: as in `split`.
+        shapes: of every tensor, temporal layers included, by the host's names.
+        base: (host's name, float32) of every tensor of the image UNet; one at a time is enough.
+    Raises ValueError when tensors are missing or do not fit.
+    """
+    every = all_names(names)
+    _check_names(tensors.keys(), names, every)
+    own = {ours: tensors[theirs] for theirs, ours in every.items() if theirs in tensors}
+    for name, tensor in own.items():
+        # Before anything is computed: a tensor of a few bytes may claim any shape.
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the published model, {tuple(shapes[name])} in this MODEL: "
+                "load a checkpoint of the family that it was tuned on."
+            )
+    temporal = {name: _float32(name, tensor) for name, tensor in own.items() if any(part in name for part in TEMPORAL)}
+    queries, others = {}, {}
+    for name, weight in base:
+        if name in own and trains(name):
+            queries[name] = difference(_float32(name, own[name]), weight)
+        elif name in own:
+            others[name] = float((own[name].float() - weight).norm() / weight.norm().clamp(min=1e-12))
+    different = {name: distance for name, distance in others.items() if not distance <= ROUNDING}
+    lines = [f"{len(queries)} queries and {len(temporal)} temporal tensors were read."]
+    if different:
+        worst = max(different, key=lambda name: different[name])
+        lines.append(
+            f"{len(different)} of {len(others)} other tensors differ from this base, most by "
+            f"{different[worst]:.1%} in {worst}, and are left as in the base: it was tuned on another checkpoint."
+        )
+    if absent := len(names) - len(queries) - len(others):
+        lines.append(f"{absent} tensors of the image UNet are not in it and are left as in the base.")
+    if unknown := sorted(tensors.keys() - every.keys()):
+        lines.append(f"{len(unknown)} tensors have no place here and were ignored, the first is {unknown[0][:100]!r}.")
+    return queries, temporal, " ".join(lines)
+
+
+def _check_names(present: Iterable[str], names: Mapping[str, str], every: Mapping[str, str]) -> None:
+    present = set(present)
+    if not present & names.keys():
+        raise ValueError(
+            "none of its tensors has a name of a diffusers Stable Diffusion UNet: this is no published Tune-A-Video "
+            "model. Weights of this pack are read with Load Weights."
+        )
+    temporal = every.keys() - names.keys()
+    if not present & temporal:
+        raise ValueError(
+            "it has no temporal attention (attn_temp): this is a plain image UNet, not a tuned video model. Load it as "
+            "a checkpoint."
+        )
+    queries = {theirs for theirs, ours in names.items() if trains(ours)}
+    for kind, wanted in (("temporal", temporal), ("query", queries)):
+        if missing := sorted(wanted - present):
+            raise ValueError(
+                f"{len(missing)} of {len(wanted)} {kind} tensors are missing, the first is {missing[0]}: it is "
+                "incomplete, or was tuned on another family of checkpoints."
+            )
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    # A copy: it may be a view of a file that is replaced later.
+    own = tensor.to(torch.float32, copy=True).contiguous()
+    if not torch.isfinite(own).all():
+        raise ValueError(f"the published model holds NaN or infinite values in {name}: it is of no use.")
+    return own
+
+
+def from_weights(
+    weights: TunedWeights, names: Mapping[str, str], base: Iterable[tuple[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The published state dict, float32, of a base with its weights; arguments as in `to_weights`."""
+    published = {own: theirs for theirs, own in all_names(names).items()}
+    tensors = {published[name]: tensor for name, tensor in weights.temporal.items()}
+    for name, weight in base:
+        change = weights.queries.get(name)
+        tensors[published[name]] = weight if change is None else weight + change
+    return tensors
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def sources(paths: Iterable[str]) -> list[str]:
+    """What among the files of a folder may be a published model: folders with a UNet, and single files elsewhere.
+
+    Args:
+        paths: relative to the folder.
+    """
+    every = {PurePosixPath(path.replace("\\", "/")) for path in paths}
+    configs = {path.parent for path in every if path.name == "config.json"}
+    pipelines = {folder.parent for folder in configs if folder.name == "unet" and folder.parent.name}
+    alone = {folder for folder in configs if folder.name and not pipelines & {folder, *folder.parents}}
+    folders = pipelines | alone
+    single = {path for path in every if path.suffix.lower() in SINGLE and not folders & set(path.parents)}
+    return sorted(map(str, folders | single))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(tensors by published name, config.json where there is one) of a folder or a single file.
+
+    Raises ValueError for what cannot be read, or not safely.
+    """
+    if path.is_file():
+        return _tensors(path), None
+    unet = path / "unet" if (path / "unet").is_dir() else path
+    config = files.inside(unet, "config.json")
+    if not config.is_file():
+        raise ValueError(f"{path.name} has no unet/config.json: it is not a diffusers folder.")
+    found = next((name for name in IN_FOLDER if files.inside(unet, name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{path.name} has no {IN_FOLDER[0]} or {STEM}.bin in {unet.name}: fetch the weights as well.")
+    if not found.endswith(".index.json"):
+        return _tensors(unet / found), files.read_json(config)
+    shards = files.read_json(unet / found, max_bytes=files.MAX_HEADER).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{found} has no weight_map of file names: fetch it again.")
+    tensors = {}
+    for name in sorted(set(shards.values())):
+        shard = files.inside(unet, name)
+        if not shard.is_file():
+            raise ValueError(f"{name[:100]!r}, which {found} names, is not there: fetch all files of the model.")
+        tensors |= _tensors(shard)
+    return tensors, files.read_json(config)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix.lower() not in SINGLE:
+        raise ValueError(f"{path.name} is of no kind that holds a published model: {', '.join(SINGLE)}.")
+    if path.suffix.lower() == ".safetensors":
+        return files.read_safetensors(path)[0]
+    state = files.read_torch(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type, tensor.is_floating_point()) == (torch.strided, "cpu", True)
+        for name, tensor in state.items()
+    ):
+        raise ValueError(f"{path.name} is not a state dict of floating-point tensors: it is not a published model.")
+    return state
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder that may not exist yet.
+
+    The configuration is written last: a folder without it is not listed.
+    Raises ValueError when the disk does not take them.
+    """
+    unet = folder / "unet"
+    try:
+        unet.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder.name} could not be made: {error.strerror}. Use another name.") from None
+    # The reference's loader refuses files that do not say which framework wrote them.
+    files.write_safetensors(unet / IN_FOLDER[0], tensors, {"format": "pt"})
+    files.write_json(unet / "config.json", config)

@@ -15,6 +15,9 @@ from pack import load_pack  # noqa: E402
 load_pack()
 from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host, published  # noqa: E402
+from tune_a_video.tav_core.inflation import TemporalLayers  # noqa: E402
+from tune_a_video.tav_core.tuning import trains  # noqa: E402
+from tune_a_video.tav_core.weights import TunedWeights  # noqa: E402
 
 import nodes as core_nodes  # noqa: E402  (the host's)
 
@@ -47,6 +50,39 @@ def model(make_model):
 @pytest.fixture
 def inflated(model):
     return host.inflate(model, "video")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of weights files, empty."""
+    import folder_paths
+
+    path = tmp_path / "models" / "tune_a_video"
+    path.mkdir(parents=True)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "tune_a_video", ([str(path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("tune_a_video", None)
+    return path
+
+
+@pytest.fixture
+def make_weights():
+    """What a tune of a model could have made: every tensor contributes."""
+
+    def make(model, seed=3, **about):
+        generator = torch.Generator().manual_seed(seed)
+        unet = host.unet_of(model)
+        layers = TemporalLayers(host.parts_of(unet))
+        changes = {
+            name: 0.05 * torch.randn(p.shape, generator=generator)
+            for name, p in unet.named_parameters()
+            if trains(name)
+        }
+        temporal = {name: 0.2 * torch.randn(p.shape, generator=generator) for name, p in layers.named().items()}
+        about = {"frames": 5, "group_norm": "video", "losses": [0.5, 0.25], **about}
+        known = {"base_family": host.family_of(model), "base_fingerprint": host.fingerprint(model)}
+        return TunedWeights(changes, temporal, **{**known, **about})
+
+    return make
 
 
 @pytest.fixture

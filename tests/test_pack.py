@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tune_a_video
 from pack import PROJECT
+from tune_a_video.tav_core import weights
 
 NODES = asyncio.run(asyncio.run(tune_a_video.comfy_entrypoint()).get_node_list())
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
@@ -25,6 +26,11 @@ def test_node_ids_and_names_stay():
         "TAVSampleVideo": "Sample Video",
         "TAVLoadDemoModel": "Load Demo Model",
         "TAVDemoClip": "Demo Clip",
+        "TAVSaveWeights": "Save Weights",
+        "TAVLoadWeights": "Load Weights",
+        "TAVApplyWeights": "Apply Weights",
+        "TAVLoadPublished": "Load Published Model",
+        "TAVExportPublished": "Export Published Model",
     }
 
 
@@ -80,6 +86,11 @@ def test_one_module_imports_the_host():
     hosts = {"comfy", "latent_preview", "folder_paths", "execution", "server"}
     assert {path.name for path in files if imports(path) & hosts} == {"host.py"}
     assert all("comfy_api" not in imports(path) for path in PROJECT.glob("tav_core/*.py"))
+
+
+def test_weights_say_which_pack_wrote_them():
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{weights.PACK_VERSION}"' in project
 
 
 def test_requirements_name_what_is_imported_and_never_torch():

@@ -4,6 +4,8 @@ import json
 import time
 from fractions import Fraction
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import quote
 
 import av
 import numpy as np
@@ -118,3 +120,48 @@ def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
     assert error["exception_type"] == "ValueError"
     assert "300 frames at stride 2" in error["exception_message"] and "largest count is" in error["exception_message"]
     assert not started
+
+
+def test_weights_are_kept_described_and_read_again_when_they_change(server, prompt):
+    tune = find(prompt, "TAVOneShotTune")
+    prompt[tune]["inputs"] |= {"steps": 1}
+    for kind in ("SaveVideo", "TAVSampleVideo", "TAVDDIMInvert"):
+        drop(prompt, find(prompt, kind))
+    prompt["save"] = node("TAVSaveWeights", weights=[tune, 1], filename_prefix="car/turn", precision="fp32")
+    assert server.run(prompt)["status"]["status_str"] == "success"
+    (name,) = server.get("/object_info/TAVLoadWeights")["TAVLoadWeights"]["input"]["required"]["file"][1]["options"]
+    assert name.replace("\\", "/") == "car/turn_00001.safetensors"
+    shown = server.get(f"/view_metadata/tune_a_video?filename={quote(name)}")
+    assert shown["base_family"] == "Stable Diffusion 1.x (epsilon)"
+    assert shown["caption"] == prompt[prompt[tune]["inputs"]["caption"][0]]["inputs"]["text"]
+    assert (shown["stride"], shown["frames"], shown["size"]) == ("2", str(FRAMES), f"{SIZE}x{SIZE}")
+
+    again = {
+        "load": node("TAVLoadWeights", file=name),
+        "save": node("TAVSaveWeights", weights=["load", 0], filename_prefix="copy", precision="fp16"),
+    }
+    folder = server.base / "models" / "tune_a_video"
+    for expected in (1, 1, 2):
+        if expected == 2:
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content)
+        assert server.run(again)["status"]["status_str"] == "success"
+        assert len(list(folder.glob("copy_*.safetensors"))) == expected
+
+    again["load"]["inputs"]["file"] = "../../checkpoints/sd15.ckpt"
+    with pytest.raises(HTTPError) as error:
+        server.run(again)
+    assert "is absolute, or has an empty or hidden part or a step upwards" in error.value.read().decode()
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def drop(prompt, name):
+    """Take a node out, with all that follows it."""
+    del prompt[name]
+    for other, entry in list(prompt.items()):
+        links = [value[0] for value in entry["inputs"].values() if isinstance(value, list)]
+        if name in links and other in prompt:
+            drop(prompt, other)
