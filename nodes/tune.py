@@ -1,12 +1,15 @@
+import logging
 import time
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..tav_core import host
 from ..tav_core.clip import to_image
 from ..tav_core.plot import loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
+
+log = logging.getLogger(__name__)
 
 PICTURE_SECONDS = 0.5  # the page need not redraw the curve more often
 
@@ -80,7 +83,25 @@ class OneShotTune(io.ComfyNode):
                     round=1e-3,
                     tooltip="Gradients longer than this are shortened to it, so that one step cannot spoil the tune.",
                 ),
+                advanced(
+                    io.Combo,
+                    "reuse",
+                    options=["auto", "restart"],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto continues or reuses what was saved of this very tune; restart trains from step 1.",
+                ),
+                advanced(
+                    io.Int,
+                    "save_every",
+                    default=50,
+                    min=1,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between saves to disk; also saved at Cancel, errors and the end. 0.9 GB for SD1.5.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output("tuned_model", display_name="model", tooltip="The tuned model, to invert and sample."),
                 Weights.Output("weights", display_name="weights", tooltip="What was learned, without the base model."),
@@ -101,6 +122,8 @@ class OneShotTune(io.ComfyNode):
         gradient_checkpointing,
         weight_decay,
         max_grad_norm,
+        reuse="auto",
+        save_every=50,
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         show = host.progress(steps)
@@ -115,6 +138,24 @@ class OneShotTune(io.ComfyNode):
                 picture, drawn = loss_curve(losses, steps), time.monotonic()
             show(step.number, picture)
 
-        weights = host.one_shot_tune(model, latents, caption, recipe, precision, gradient_checkpointing, on_step)
+        told: list[str] = []
+
+        def tell(text):
+            told.append(text)
+            log.info("Tune-A-Video: %s", text)
+            host.progress_text(cls.hidden and cls.hidden.unique_id, "\n".join(told))
+
+        weights = host.one_shot_tune(
+            model,
+            latents,
+            caption,
+            recipe,
+            precision,
+            gradient_checkpointing,
+            on_step,
+            saving=host.Saving(host.runs_folder(), save_every, reuse == "restart"),
+            tell=tell,
+        )
         plot = to_image(loss_curve(weights.losses, steps))
-        return io.NodeOutput(host.apply_weights(model, weights), weights, plot)
+        text = "\n".join(told) or f"trained {steps} steps"
+        return io.NodeOutput(host.apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))

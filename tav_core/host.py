@@ -11,7 +11,8 @@ Host symbols used, and why:
 - `comfy.model_sampling`: epsilon, v-prediction or neither; the noise level of each timestep.
 - `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
   regional prompts, previews and cancel work.
-- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`: progress.
+- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`,
+  `server.PromptServer.send_progress_text`: progress. `folder_paths.get_user_directory`: where saved states are kept.
 - `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.utils.unet_to_diffusers`: small models of one's
   own, in published naming.
 """
@@ -21,7 +22,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -33,16 +35,17 @@ import comfy.patcher_extension
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from . import ddim
+from . import ddim, runs
 from .attention import sdpa_override
 from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
-from .tuning import PredictionType, Recipe, Step, draw, trains, tune
+from .tuning import Draws, PredictionType, Recipe, Step, Training, reports_of, trains, weights_of
 from .weights import TunedWeights
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
@@ -409,12 +412,14 @@ class TrainingUNet:
             return self.unet(latents, t, context=context, transformer_options=options)
 
 
-def effective_weights(model: ModelPatcher, device: torch.device):
-    """Yield (name, float32 tensor of our own on `device`) of each UNet weight, as the host would run it.
+def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callable[[str], bool] = lambda _name: True):
+    """Yield (name, float32 tensor of our own on `device`) of each `wanted` UNet weight, as the host would run it.
 
     Patches (LoRA, merges, earlier tunes) are applied; the model itself is not loaded, patched or changed.
     """
     for key, ((weight, convert), *patches) in model.get_key_patches(UNET).items():
+        if not wanted(key):
+            continue
         own = convert(weight.detach().to(device, torch.float32, copy=True), inplace=True)
         if patches:
             own = comfy.lora.calculate_weight(patches, own, key)
@@ -428,6 +433,26 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Whether and how a tune's state is kept on disk.
+
+    Attributes:
+        folder: where (`runs_folder`).
+        every: steps between two saves; it is also saved at Cancel, at an error and at the end.
+        restart: begin anew, even if a saved state could be continued.
+    """
+
+    folder: Path
+    every: int = 50
+    restart: bool = False
+
+
+def runs_folder() -> Path:
+    """Where saved states of tunes are kept: in the host's user folder, which survives restarts."""
+    return Path(folder_paths.get_user_directory()) / "tune_a_video" / "runs"
+
+
 def one_shot_tune(
     model: ModelPatcher,
     latent: Mapping[str, Any],
@@ -437,6 +462,8 @@ def one_shot_tune(
     gradient_checkpointing: bool,
     on_step: Callable[[Step], None],
     draws=None,
+    saving: Saving | None = None,
+    tell: Callable[[str], None] = log.info,
 ) -> TunedWeights:
     """Tune an inflated model on one clip; the model itself is unchanged.
 
@@ -444,52 +471,119 @@ def one_shot_tune(
         latent: LATENT of the clip, at least two frames.
         caption: CONDITIONING with one entry.
         precision: "auto", "fp32" or "bf16".
-        on_step: called after each step. The host's interrupt is honoured after each step, too.
-        draws: noise and timesteps; by default those of `recipe.seed`.
+        on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
+            honoured after each step, too.
+        draws: noise and timesteps; by default those of `recipe.seed`. Such a tune cannot be saved.
+        saving: None saves nothing.
+        tell: called with what the user should know: resumed, reused, not saved.
     """
     samples = check_inputs(model, latent, min_frames=2, caption=caption)
     if len(caption) != 1:
         raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
     frames = samples.shape[0]
-    inflation = inflation_of(model)
     prediction_type = prediction_type_of(model)
     device = model.load_device
-
-    losses: list[float] = []
-
-    def interruptible(step: Step) -> None:
-        losses.append(step.loss)
-        on_step(step)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    precision = resolve_precision(precision, device)
 
     # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
     with torch.inference_mode(False), torch.enable_grad():
         latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
-        context = caption[0][0].detach().clone().to(device, torch.float32).expand(frames, -1, -1)
+        context = caption[0][0].detach().clone().to(device, torch.float32)
         sigmas = model_sigmas(model).detach().clone().cpu()
+        run = state = None
+        if saving is not None:
+            key = _run_key(model, latents, context, sigmas, recipe, precision)
+            run = runs.Run(saving.folder, key, recipe.steps)
+            state = None if saving.restart else run.load()
+        reports = [] if state is None else reports_of(state)
+        for report in reports:
+            on_step(report)
+        done = len(reports)
+        if state is not None and done == recipe.steps:
+            tell(f"reused: all {done} steps were saved")
+            return _result(model, weights_of(state), frames, reports)
+        if done:
+            tell(f"resumed after step {done}")
+
         if device.type != "cpu":
             comfy.model_management.unload_all_models()
-        network = TrainingUNet(model, frames, resolve_precision(precision, device), gradient_checkpointing)
-        before = {name: p.detach().clone() for name, p in network.trainable.items() if ".attn_temp." not in name}
+        network = TrainingUNet(model, frames, precision, gradient_checkpointing)
+        training = Training(network.trainable, recipe, draws or Draws(latents.shape, len(sigmas), recipe.seed))
+        if state is not None:
+            training.restore(state)
+
+        tried = done
+
+        def save() -> None:
+            nonlocal done, tried
+            step = len(training.reports)
+            if run is None or step == tried or not training.whole:
+                return
+            tried = step
+            try:
+                run.save(training.state(), step)
+                done = step
+            except OSError as error:
+                older = f"the saved state of step {done} stays" if done else "nothing is saved yet"
+                tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+
+        def after_step(step: Step) -> None:
+            on_step(step)
+            if saving is not None and step.number % saving.every == 0:
+                save()
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
         count = sum(parameter.numel() for parameter in network.trainable.values())
         log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-        tune(
-            predict=lambda noisy, timestep: network(noisy, timestep, context),
-            trainable=network.trainable,
-            latents=latents,
-            sigmas=sigmas,
-            prediction_type=prediction_type,
-            recipe=recipe,
-            draws=draws if draws is not None else draw(latents.shape, len(sigmas), recipe.seed),
-            on_step=interruptible,
-        )
-        return TunedWeights(
-            queries={name: (network.trainable[name].detach() - old).cpu() for name, old in before.items()},
-            temporal={name: p.detach().cpu().clone() for name, p in network.temporal.named().items()},
-            frames=frames,
-            group_norm=inflation.group_norm,
-            losses=losses,
-        )
+        context = context.expand(frames, -1, -1)
+        try:
+            training.run(
+                lambda noisy, timestep: network(noisy, timestep, context), latents, sigmas, prediction_type, after_step
+            )
+        finally:
+            save()  # at the end, at Cancel and at an error alike
+        return _result(model, {name: p.detach() for name, p in network.trainable.items()}, frames, training.reports)
+
+
+def _run_key(
+    model: ModelPatcher, latents: Tensor, context: Tensor, sigmas: Tensor, recipe: Recipe, precision: str
+) -> str:
+    """What determines a tune's result beside its number of steps, as a digest.
+
+    Gradient checkpointing is left out: it computes the same in another order of work.
+    """
+    unet, inflation = unet_of(model), inflation_of(model)
+    return runs.digest(
+        {
+            "model": fingerprint(model),
+            "config": repr(sorted(model.model.model_config.unet_config.items())),
+            "heads": {name: block.n_heads for name, block in parts_of(unet).blocks.items()},
+            "temporal": inflation.temporal.named(),
+            "group_norm": inflation.group_norm,
+            "latents": latents,
+            "context": context,
+            "sigmas": sigmas,
+            "prediction_type": prediction_type_of(model),
+            "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
+            "precision": precision,
+        }
+    )
+
+
+def _result(model: ModelPatcher, trained: Mapping[str, Tensor], frames: int, reports: list[Step]) -> TunedWeights:
+    """Trained tensors, by name, as what they change in `model`."""
+    inflation = inflation_of(model)
+    base = effective_weights(model, model.load_device, trains)
+    return TunedWeights(
+        queries={name: (trained[name].to(old) - old).cpu() for name, old in base},
+        temporal={
+            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in inflation.temporal.named().items()
+        },
+        frames=frames,
+        group_norm=inflation.group_norm,
+        losses=[report.loss for report in reports],
+    )
 
 
 def apply_weights(
@@ -645,3 +739,13 @@ def progress(steps: int) -> Callable[[int, Any], None]:
         bar.update_absolute(done, steps, ("JPEG", picture, 512) if picture is not None else None)
 
     return update
+
+
+def progress_text(node_id: str | None, text: str) -> None:
+    """Show `text` in a node of the page, where a server runs."""
+    # Imported here: the server module starts half of the host, and tests and tools work without it.
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
