@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..tav_core import host
 from ..tav_core.clip import to_image
+from ..tav_core.memory import MEMORY
 from ..tav_core.plot import loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
@@ -60,8 +61,8 @@ class OneShotTune(io.ComfyNode):
                 advanced(
                     io.Boolean,
                     "gradient_checkpointing",
-                    default=True,
-                    tooltip="Much less memory for about a third more time; the result is the same.",
+                    default=False,
+                    tooltip="On: always (as memory low). Much less memory, a third more time, the same result.",
                 ),
                 advanced(
                     io.Float,
@@ -100,6 +101,14 @@ class OneShotTune(io.ComfyNode):
                     optional=True,
                     tooltip="Steps between saves to disk; also saved at Cancel, errors and the end. 0.9 GB for SD1.5.",
                 ),
+                advanced(
+                    io.Combo,
+                    "memory",
+                    options=list(MEMORY),
+                    default="auto",
+                    optional=True,
+                    tooltip="auto: the fastest way that fits. fast: never gradient checkpointing. low: always.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -124,6 +133,7 @@ class OneShotTune(io.ComfyNode):
         max_grad_norm,
         reuse="auto",
         save_every=50,
+        memory="auto",
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         show = host.progress(steps)
@@ -132,7 +142,7 @@ class OneShotTune(io.ComfyNode):
 
         def on_step(step):
             nonlocal drawn
-            losses.append(step.loss)
+            losses[step.number - 1 :] = [step.loss]  # a step that is done again replaces its first report
             picture = None
             if time.monotonic() - drawn > PICTURE_SECONDS or step.number == steps:
                 picture, drawn = loss_curve(losses, steps), time.monotonic()
@@ -154,6 +164,7 @@ class OneShotTune(io.ComfyNode):
             gradient_checkpointing,
             on_step,
             saving=host.Saving(host.runs_folder(), save_every, reuse == "restart"),
+            memory="low" if gradient_checkpointing else memory,
             tell=tell,
         )
         plot = to_image(loss_curve(weights.losses, steps))

@@ -19,9 +19,11 @@ Host symbols used, and why:
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
 from . import ddim, runs
+from . import memory as memories
 from .attention import sdpa_override
 from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
 from .tuning import Draws, PredictionType, Recipe, Step, Training, reports_of, trains, weights_of
@@ -357,6 +360,17 @@ class _PlainOps:
         return {2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
 
 
+class _Fixed(nn.Module):
+    """In place of a projection whose input never changes: its output, [1 or f, tokens, width]."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.output.expand(context.shape[0], -1, -1)
+
+
 class TrainingUNet:
     """A private, differentiable copy of an inflated MODEL: same architecture, own weights.
 
@@ -367,23 +381,24 @@ class TrainingUNet:
         frames: f of every batch.
         precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
         gradient_checkpointing: recompute activations in the backward pass.
+        blank: have no values, on the meta device, for `memory.estimate`.
     """
 
-    def __init__(self, model: ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool):
+    def __init__(
+        self, model: ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool, blank: bool = False
+    ):
         inflation = inflation_of(model)
         host_unet = unet_of(model)
-        self.device = model.load_device
+        self.device = torch.device("cpu") if blank else model.load_device
         self.autocast = precision == "bf16"
         frozen = torch.bfloat16 if self.autocast else torch.float32
         config = {**model.model.model_config.unet_config, "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = _PlainOps
         self.unet = type(host_unet)(**config, device="meta", operations=operations)
+        source = self.unet.float().state_dict().items() if blank else effective_weights(model, self.device)
         # Norms and biases stay in float32 too: not every device normalises in mixed precision.
-        weights = {
-            name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen)
-            for name, weight in effective_weights(model, self.device)
-        }
+        weights = {name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen) for name, weight in source}
         self.unet.load_state_dict(weights, strict=True, assign=True)
         self.unet.requires_grad_(False).eval()
         parts = parts_of(self.unet)
@@ -391,8 +406,9 @@ class TrainingUNet:
         for name, block in parts_of(host_unet).blocks.items():
             set_heads(parts.blocks[name], block.n_heads)
 
-        self.temporal = TemporalLayers(parts, device=self.device)
-        self.temporal.assign(inflation.temporal.named())
+        self.temporal = TemporalLayers(parts, device="meta" if blank else self.device)
+        if not blank:
+            self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
         attach(parts, self.temporal, 1, frames, inflation.group_norm)
@@ -404,12 +420,39 @@ class TrainingUNet:
         for parameter in self.trainable.values():
             parameter.requires_grad_()
 
+    def fix_text(self, context: Tensor) -> None:
+        """Compute the text's keys and values once, for all steps, and let go of the weights that make them.
+
+        Args:
+            context: [1 or f, tokens, width]; calls must pass its first dimension expanded to f.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            for block in parts_of(self.unet).blocks.values():
+                block.attn2.to_k = _Fixed(block.attn2.to_k(context))
+                block.attn2.to_v = _Fixed(block.attn2.to_v(context))
+
     def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
         options = {"cond_or_uncond": [0], "optimized_attention_override": sdpa_override}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
             return self.unet(latents, t, context=context, transformer_options=options)
+
+
+def estimate_step(
+    model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, gradient_checkpointing: bool
+) -> memories.Estimate:
+    """Peak memory of a training step of an inflated model on latents of `shape`, with a caption of `tokens`."""
+    width = next(iter(parts_of(unet_of(model)).blocks.values())).attn2.to_k.in_features
+    network = TrainingUNet(model, shape[0], precision, gradient_checkpointing, blank=True)
+
+    def loss() -> Tensor:
+        context = torch.empty(1, tokens, width)
+        network.fix_text(context)
+        return network(torch.empty(shape), 0, context.expand(shape[0], -1, -1)).float().square().mean()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        return memories.estimate([network.unet, network.temporal], loss, model.load_device.type == "cuda")
 
 
 def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callable[[str], bool] = lambda _name: True):
@@ -461,8 +504,10 @@ def one_shot_tune(
     precision: str,
     gradient_checkpointing: bool,
     on_step: Callable[[Step], None],
-    draws=None,
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
+    *,
     saving: Saving | None = None,
+    memory: str | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> TunedWeights:
     """Tune an inflated model on one clip; the model itself is unchanged.
@@ -473,9 +518,14 @@ def one_shot_tune(
         precision: "auto", "fp32" or "bf16".
         on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
             honoured after each step, too.
-        draws: noise and timesteps; by default those of `recipe.seed`. Such a tune cannot be saved.
+        draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
         saving: None saves nothing.
-        tell: called with what the user should know: resumed, reused, not saved.
+        memory: "auto", "fast" or "low" estimates first and decides on checkpointing (`memory.plan`); None trusts
+            `gradient_checkpointing`.
+        tell: called with what the user should know: resumed, reused, not saved, out of memory.
+    Raises:
+        MemoryError: it does not fit, by the estimate or in fact.
+        FloatingPointError: the loss is not finite.
     """
     samples = check_inputs(model, latent, min_frames=2, caption=caption)
     if len(caption) != 1:
@@ -504,45 +554,85 @@ def one_shot_tune(
             return _result(model, weights_of(state), frames, reports)
         if done:
             tell(f"resumed after step {done}")
-
         if device.type != "cpu":
             comfy.model_management.unload_all_models()
-        network = TrainingUNet(model, frames, precision, gradient_checkpointing)
-        training = Training(network.trainable, recipe, draws or Draws(latents.shape, len(sigmas), recipe.seed))
-        if state is not None:
-            training.restore(state)
+        free_memory()
+        if memory is not None:
+            gradient_checkpointing = _plan(model, latents.shape, context.shape[1], precision, memory)
 
-        tried = done
+        def train(gradient_checkpointing: bool) -> TunedWeights:
+            nonlocal done
+            network = TrainingUNet(model, frames, precision, gradient_checkpointing)
+            network.fix_text(context)
+            own_draws = Draws(latents.shape, len(sigmas), recipe.seed) if draws is None else draws()
+            training = Training(network.trainable, recipe, own_draws)
+            if state is not None:
+                training.restore(state)
+            tried = done = len(training.reports)
 
-        def save() -> None:
-            nonlocal done, tried
-            step = len(training.reports)
-            if run is None or step == tried or not training.whole:
-                return
-            tried = step
+            def save() -> None:
+                nonlocal done, tried
+                step = len(training.reports)
+                if run is None or step == tried or not training.whole:
+                    return
+                tried = step
+                try:
+                    run.save(training.state(), step)
+                    done = step
+                except OSError as error:
+                    older = f"the saved state of step {done} stays" if done else "nothing is saved yet"
+                    tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+
+            def after_step(step: Step) -> None:
+                on_step(step)
+                if saving is not None and step.number % saving.every == 0:
+                    save()
+                comfy.model_management.throw_exception_if_processing_interrupted()
+
+            count = sum(parameter.numel() for parameter in network.trainable.values())
+            log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+            text = context.expand(frames, -1, -1)
             try:
-                run.save(training.state(), step)
-                done = step
-            except OSError as error:
-                older = f"the saved state of step {done} stays" if done else "nothing is saved yet"
-                tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+                training.run(
+                    lambda noisy, timestep: network(noisy, timestep, text), latents, sigmas, prediction_type, after_step
+                )
+            finally:
+                save()  # at the end, at Cancel and at an error alike
+            trained = {name: parameter.detach() for name, parameter in network.trainable.items()}
+            return _result(model, trained, frames, training.reports)
 
-        def after_step(step: Step) -> None:
-            on_step(step)
-            if saving is not None and step.number % saving.every == 0:
-                save()
-            comfy.model_management.throw_exception_if_processing_interrupted()
+        for checkpointing in (True,) if gradient_checkpointing else (False, True):
+            weights = None
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                weights = train(checkpointing)
+            free_memory()  # here, where no traceback holds the network any more
+            if weights is not None:
+                return weights
+            state = run and run.load()
+            if not checkpointing:
+                start = f"from step {len(reports_of(state))}" if state else "from the start"
+                tell(f"out of memory; tried again with gradient checkpointing, {start}")
+        raise MemoryError(
+            "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
+            "close what else uses the device; the same graph then runs as usual."
+        )
 
-        count = sum(parameter.numel() for parameter in network.trainable.values())
-        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-        context = context.expand(frames, -1, -1)
-        try:
-            training.run(
-                lambda noisy, timestep: network(noisy, timestep, context), latents, sigmas, prediction_type, after_step
-            )
-        finally:
-            save()  # at the end, at Cancel and at an error alike
-        return _result(model, {name: p.detach() for name, p in network.trainable.items()}, frames, training.reports)
+
+def _plan(model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> bool:
+    """Whether to use gradient checkpointing, from an estimate and the host's free memory. See `memory.plan`."""
+
+    def estimate(gradient_checkpointing: bool) -> memories.Estimate:
+        return estimate_step(model, shape, tokens, precision, gradient_checkpointing)
+
+    free: Any = comfy.model_management.get_free_memory(model.load_device)
+    frames, _channels, height, width = shape
+    return memories.plan(mode, estimate, free, frames, width * 8, height * 8)
+
+
+def free_memory() -> None:
+    """Give back to the device what no one uses any more; a network and its hooks refer to each other."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def _run_key(

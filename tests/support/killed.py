@@ -35,7 +35,7 @@ def tune(folder: Path, tell, on_step=lambda _step: None):
     caption = [[torch.randn(1, 7, 16, generator=generator), {}]]
     with torch.inference_mode():
         return host.one_shot_tune(
-            model, latents, caption, Recipe(STEPS), "fp32", True, on_step, None, host.Saving(folder, EVERY), tell
+            model, latents, caption, Recipe(STEPS), "fp32", True, on_step, saving=host.Saving(folder, EVERY), tell=tell
         )
 
 
