@@ -1,18 +1,22 @@
 import logging
 import time
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..tav_core import host
 from ..tav_core.clip import to_image
 from ..tav_core.memory import MEMORY
-from ..tav_core.plot import loss_curve
+from ..tav_core.plot import beside, loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
 
 log = logging.getLogger(__name__)
 
 PICTURE_SECONDS = 0.5  # the page need not redraw the curve more often
+# A preview is played like a flip-book, a frame with each picture: the page draws progress pictures on a canvas, where
+# an animated file would stand still.
+EDIT_FPS = 8
 
 
 class OneShotTune(io.ComfyNode):
@@ -109,6 +113,25 @@ class OneShotTune(io.ComfyNode):
                     optional=True,
                     tooltip="auto: the fastest way that fits. fast: never gradient checkpointing. low: always.",
                 ),
+                advanced(
+                    io.Int,
+                    "validation_every",
+                    default=100,
+                    min=1,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between previews of validation_prompt. Each takes as long as ten steps or so.",
+                ),
+                io.Conditioning.Input(
+                    "validation_prompt",
+                    optional=True,
+                    tooltip="An edit prompt: while it tunes, the node shows short previews of it. Changes no result.",
+                ),
+                io.Conditioning.Input(
+                    "validation_negative",
+                    optional=True,
+                    tooltip="Empty text, as in DDIM Invert and Sample Video, for truer previews.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -134,20 +157,35 @@ class OneShotTune(io.ComfyNode):
         reuse="auto",
         save_every=50,
         memory="auto",
+        validation_every=100,
+        validation_prompt=None,
+        validation_negative=None,
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         show = host.progress(steps)
         losses: list[float] = []
         drawn = 0.0
+        edit: list[Any] = []  # the frames of the latest preview
+        edited = 0  # the step that it was made at
 
         def on_step(step):
             nonlocal drawn
             losses[step.number - 1 :] = [step.loss]  # a step that is done again replaces its first report
-            picture = None
-            if time.monotonic() - drawn > PICTURE_SECONDS or step.number == steps:
-                picture, drawn = loss_curve(losses, steps), time.monotonic()
+            picture, now = None, time.monotonic()
+            if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
+                picture, drawn = loss_curve(losses, steps), now
+                if edit:
+                    picture = beside(picture, edit[int(now * EDIT_FPS) % len(edit)], f"edit at step {edited}")
             show(step.number, picture)
 
+        def on_edit(step, frames):
+            nonlocal edit, edited
+            edit, edited = frames, step
+            show(step, beside(loss_curve(losses, steps), edit[0], f"edit at step {edited}"))
+
+        validation = None
+        if validation_prompt is not None:
+            validation = host.Validation(validation_prompt, validation_negative, validation_every, on_edit)
         told: list[str] = []
 
         def tell(text):
@@ -165,6 +203,7 @@ class OneShotTune(io.ComfyNode):
             on_step,
             saving=host.Saving(host.runs_folder(), save_every, reuse == "restart"),
             memory="low" if gradient_checkpointing else memory,
+            validation=validation,
             tell=tell,
         )
         plot = to_image(loss_curve(weights.losses, steps))

@@ -491,6 +491,27 @@ class Saving:
     restart: bool = False
 
 
+@dataclass(frozen=True)
+class Validation:
+    """An edit to sample while a tune runs, to be looked at; it changes nothing of the tune.
+
+    Attributes:
+        positive: CONDITIONING of the edit.
+        negative: CONDITIONING of empty text, for inversion and guidance; zeros stand in for it when None.
+        every: steps between two samples.
+        show: called with the step and the frames as PIL pictures.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    every: int
+    show: Callable[[int, list[Any]], None]
+
+
+VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
+VALIDATION_CFG = 12.5
+
+
 def runs_folder() -> Path:
     """Where saved states of tunes are kept: in the host's user folder, which survives restarts."""
     return Path(folder_paths.get_user_directory()) / "tune_a_video" / "runs"
@@ -508,6 +529,7 @@ def one_shot_tune(
     *,
     saving: Saving | None = None,
     memory: str | None = None,
+    validation: Validation | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> TunedWeights:
     """Tune an inflated model on one clip; the model itself is unchanged.
@@ -522,12 +544,18 @@ def one_shot_tune(
         saving: None saves nothing.
         memory: "auto", "fast" or "low" estimates first and decides on checkpointing (`memory.plan`); None trusts
             `gradient_checkpointing`.
+        validation: None samples nothing.
         tell: called with what the user should know: resumed, reused, not saved, out of memory.
     Raises:
         MemoryError: it does not fit, by the estimate or in fact.
         FloatingPointError: the loss is not finite.
     """
-    samples = check_inputs(model, latent, min_frames=2, caption=caption)
+    prompts = {"caption": caption}
+    if validation is not None:
+        prompts["validation_prompt"] = validation.positive
+        if validation.negative is not None:
+            prompts["validation_negative"] = validation.negative
+    samples = check_inputs(model, latent, min_frames=2, **prompts)
     if len(caption) != 1:
         raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
     frames = samples.shape[0]
@@ -562,6 +590,7 @@ def one_shot_tune(
 
         def train(gradient_checkpointing: bool) -> TunedWeights:
             nonlocal done
+            validating = validation
             network = TrainingUNet(model, frames, precision, gradient_checkpointing)
             network.fix_text(context)
             own_draws = Draws(latents.shape, len(sigmas), recipe.seed) if draws is None else draws()
@@ -587,7 +616,27 @@ def one_shot_tune(
                 on_step(step)
                 if saving is not None and step.number % saving.every == 0:
                     save()
+                if validating is not None and step.number % validating.every == 0:
+                    validate(validating, step)
                 comfy.model_management.throw_exception_if_processing_interrupted()
+
+            def result() -> TunedWeights:
+                trained = {name: parameter.detach() for name, parameter in network.trainable.items()}
+                return _result(model, trained, frames, training.reports)
+
+            def validate(validation: Validation, step: Step) -> None:
+                nonlocal validating
+                pictures = None
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                    pictures = _sample_edit(model, latent, result(), validation)
+                if device.type != "cpu":
+                    comfy.model_management.unload_all_models()
+                free_memory()
+                if pictures is None:
+                    validating = None
+                    tell(f"no preview at step {step.number}: out of memory; tuning goes on without previews")
+                else:
+                    validation.show(step.number, pictures)
 
             count = sum(parameter.numel() for parameter in network.trainable.values())
             log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
@@ -598,8 +647,7 @@ def one_shot_tune(
                 )
             finally:
                 save()  # at the end, at Cancel and at an error alike
-            trained = {name: parameter.detach() for name, parameter in network.trainable.items()}
-            return _result(model, trained, frames, training.reports)
+            return result()
 
         for checkpointing in (True,) if gradient_checkpointing else (False, True):
             weights = None
@@ -616,6 +664,23 @@ def one_shot_tune(
             "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
             "close what else uses the device; the same graph then runs as usual."
         )
+
+
+def _sample_edit(
+    model: ModelPatcher, latent: Mapping[str, Any], weights: TunedWeights, validation: Validation
+) -> list[Any]:
+    """Invert the clip and sample the edit with these weights, as the nodes do; rough pictures of its frames."""
+    with torch.inference_mode():
+        tuned = apply_weights(model, weights)
+        negative = validation.negative
+        if negative is None:
+            negative = [[torch.zeros_like(validation.positive[0][0]), {}]]
+
+        def silent(*_args: Any) -> None: ...
+
+        inverted, _noise, _sigmas = invert(tuned, latent, negative, VALIDATION_STEPS, silent)
+        video = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
+        return pictures_of(model, video["samples"])
 
 
 def _plan(model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> bool:
@@ -821,12 +886,22 @@ def preview_callback(model: ModelPatcher, steps: int) -> Callable[[int, Tensor, 
     return latent_preview.prepare_callback(model, steps)
 
 
+def pictures_of(model: ModelPatcher, samples: Tensor) -> list[Any]:
+    """LATENT samples as rough PIL pictures, one a frame, by the host's previewer: no VAE is loaded."""
+    latent_format = model.get_model_object("latent_format")
+    previewer: Any = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None:  # the user has switched previews of sampling off, but asked for these
+        previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
+    x0 = model.model.process_latent_in(samples).to(model.load_device)
+    return [previewer.decode_latent_to_preview(frame[None]) for frame in x0]
+
+
 def progress(steps: int) -> Callable[[int, Any], None]:
     """The host's progress bar: call with the number of finished steps and a PIL picture (or None) to show."""
     bar = comfy.utils.ProgressBar(steps)
 
     def update(done: int, picture: Any = None) -> None:
-        bar.update_absolute(done, steps, ("JPEG", picture, 512) if picture is not None else None)
+        bar.update_absolute(done, steps, ("JPEG", picture, max(picture.size)) if picture is not None else None)
 
     return update
 
