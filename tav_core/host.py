@@ -558,8 +558,6 @@ def one_shot_tune(
     samples = check_inputs(model, latent, min_frames=2, **prompts)
     if len(caption) != 1:
         raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
-    frames = samples.shape[0]
-    prediction_type = prediction_type_of(model)
     device = model.load_device
     precision = resolve_precision(precision, device)
 
@@ -576,83 +574,24 @@ def one_shot_tune(
         reports = [] if state is None else reports_of(state)
         for report in reports:
             on_step(report)
-        done = len(reports)
-        if state is not None and done == recipe.steps:
-            tell(f"reused: all {done} steps were saved")
-            return _result(model, weights_of(state), frames, reports)
-        if done:
-            tell(f"resumed after step {done}")
+        if state is not None:
+            if len(reports) == recipe.steps:
+                tell(f"reused: all {recipe.steps} steps were saved")
+                return _result(model, weights_of(state), reports, samples.shape[0])
+            tell(f"resumed after step {len(reports)}")
         if device.type != "cpu":
             comfy.model_management.unload_all_models()
         free_memory()
         if memory is not None:
             gradient_checkpointing = _plan(model, latents.shape, context.shape[1], precision, memory)
-
-        def train(gradient_checkpointing: bool) -> TunedWeights:
-            nonlocal done
-            validating = validation
-            network = TrainingUNet(model, frames, precision, gradient_checkpointing)
-            network.fix_text(context)
-            own_draws = Draws(latents.shape, len(sigmas), recipe.seed) if draws is None else draws()
-            training = Training(network.trainable, recipe, own_draws)
-            if state is not None:
-                training.restore(state)
-            tried = done = len(training.reports)
-
-            def save() -> None:
-                nonlocal done, tried
-                step = len(training.reports)
-                if run is None or step == tried or not training.whole:
-                    return
-                tried = step
-                try:
-                    run.save(training.state(), step)
-                    done = step
-                except OSError as error:
-                    older = f"the saved state of step {done} stays" if done else "nothing is saved yet"
-                    tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
-
-            def after_step(step: Step) -> None:
-                on_step(step)
-                if saving is not None and step.number % saving.every == 0:
-                    save()
-                if validating is not None and step.number % validating.every == 0:
-                    validate(validating, step)
-                comfy.model_management.throw_exception_if_processing_interrupted()
-
-            def result() -> TunedWeights:
-                trained = {name: parameter.detach() for name, parameter in network.trainable.items()}
-                return _result(model, trained, frames, training.reports)
-
-            def validate(validation: Validation, step: Step) -> None:
-                nonlocal validating
-                pictures = None
-                with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                    pictures = _sample_edit(model, latent, result(), validation)
-                if device.type != "cpu":
-                    comfy.model_management.unload_all_models()
-                free_memory()
-                if pictures is None:
-                    validating = None
-                    tell(f"no preview at step {step.number}: out of memory; tuning goes on without previews")
-                else:
-                    validation.show(step.number, pictures)
-
-            count = sum(parameter.numel() for parameter in network.trainable.values())
-            log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-            text = context.expand(frames, -1, -1)
-            try:
-                training.run(
-                    lambda noisy, timestep: network(noisy, timestep, text), latents, sigmas, prediction_type, after_step
-                )
-            finally:
-                save()  # at the end, at Cancel and at an error alike
-            return result()
-
+        every = recipe.steps if saving is None else saving.every
+        tune = _Tune(
+            model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
+        )
         for checkpointing in (True,) if gradient_checkpointing else (False, True):
             weights = None
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                weights = train(checkpointing)
+                weights = tune.attempt(checkpointing, state)
             free_memory()  # here, where no traceback holds the network any more
             if weights is not None:
                 return weights
@@ -664,6 +603,100 @@ def one_shot_tune(
             "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
             "close what else uses the device; the same graph then runs as usual."
         )
+
+
+@dataclass
+class _Tune:
+    """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
+
+    Attributes:
+        latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
+        run: where the state is saved after every `save_every` steps; None saves nothing.
+        saved, last_save: the step whose state is on disk, and the last one that should be.
+    """
+
+    model: ModelPatcher
+    latent: Mapping[str, Any]
+    latents: Tensor
+    context: Tensor
+    sigmas: Tensor
+    recipe: Recipe
+    precision: str
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
+    run: runs.Run | None
+    save_every: int
+    validation: Validation | None
+    on_step: Callable[[Step], None]
+    tell: Callable[[str], None]
+    saved: int = 0
+    last_save: int = 0
+
+    def attempt(self, gradient_checkpointing: bool, state: dict[str, Tensor] | None) -> TunedWeights:
+        """Train to the end, from the start or from `state`, which is used up by this."""
+        frames = self.latents.shape[0]
+        network = TrainingUNet(self.model, frames, self.precision, gradient_checkpointing)
+        network.fix_text(self.context)
+        draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        training = Training(network.trainable, self.recipe, draws)
+        if state is not None:
+            training.restore(state)
+            state.clear()  # a gigabyte
+        self.saved = self.last_save = len(training.reports)
+        count = sum(parameter.numel() for parameter in network.trainable.values())
+        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+        text = self.context.expand(frames, -1, -1)
+
+        def after_step(step: Step) -> None:
+            self.on_step(step)
+            if step.number % self.save_every == 0:
+                self.save(training)
+            if self.validation is not None and step.number % self.validation.every == 0:
+                self.validate(training, self.validation)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        try:
+            training.run(
+                lambda noisy, timestep: network(noisy, timestep, text),
+                self.latents,
+                self.sigmas,
+                prediction_type_of(self.model),
+                after_step,
+            )
+        finally:
+            self.save(training)  # at the end, at Cancel and at an error alike
+        return self.result(training)
+
+    def save(self, training: Training) -> None:
+        """Save the state, if there is a new and whole one. A full disk is told, and does not stop the tune."""
+        step = len(training.reports)
+        if self.run is None or step == self.last_save or not training.whole:
+            return
+        self.last_save = step
+        try:
+            self.run.save(training.state(), step)
+            self.saved = step
+        except OSError as error:
+            older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
+            self.tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+
+    def validate(self, training: Training, validation: Validation) -> None:
+        """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
+        step, pictures = len(training.reports), None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
+        if self.model.load_device.type != "cpu":
+            comfy.model_management.unload_all_models()
+        free_memory()
+        if pictures is None:
+            self.validation = None
+            self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
+        else:
+            validation.show(step, pictures)
+
+    def result(self, training: Training) -> TunedWeights:
+        """What was learned so far."""
+        trained = {name: parameter.detach() for name, parameter in training.trainable.items()}
+        return _result(self.model, trained, training.reports, self.latents.shape[0])
 
 
 def _sample_edit(
@@ -725,7 +758,7 @@ def _run_key(
     )
 
 
-def _result(model: ModelPatcher, trained: Mapping[str, Tensor], frames: int, reports: list[Step]) -> TunedWeights:
+def _result(model: ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], frames: int) -> TunedWeights:
     """Trained tensors, by name, as what they change in `model`."""
     inflation = inflation_of(model)
     base = effective_weights(model, model.load_device, trains)

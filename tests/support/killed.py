@@ -24,7 +24,7 @@ from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host, published, runs  # noqa: E402
 from tune_a_video.tav_core.tuning import Recipe  # noqa: E402
 
-STEPS, KILLS, EVERY = 40, 20, 2
+STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
 
 
 def tune(folder: Path, tell, on_step=lambda _step: None):
@@ -61,9 +61,8 @@ def note(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def killed(folder: Path, pid: int, during_save: bool, delay: float) -> bool:
-    """End a process `delay` seconds after its first step, or after it begins a save; False if it ended by itself."""
-    begun = folder / ("saving" if during_save else "stepping")
+def killed(pid: int, begun: Path, delay: float) -> bool:
+    """End a process `delay` seconds after it wrote `begun`; False if it ended by itself before."""
     while not begun.exists():
         if os.waitpid(pid, os.WNOHANG)[0]:
             return False
@@ -78,16 +77,22 @@ def main(folder: Path) -> dict:
     torch.set_num_threads(1)
     log, end = folder / "told", folder / "weights.pt"
     save_file = runs.save_file
+    stall = None  # the save, from 1, and the piece of it at which a process waits to be killed
+    saves = 0
 
     def slow_save(tensors, path, metadata):
         """As on a slow disk: the file grows piece by piece."""
-        (folder / "saving").touch()
+        nonlocal saves
+        saves += 1
         save_file(tensors, path, metadata)
         data = path.read_bytes()
         with open(path, "wb", buffering=0) as file:
-            for at in range(0, len(data), len(data) // 10 + 1):
-                file.write(data[at : at + len(data) // 10 + 1])
-                time.sleep(0.001)
+            for piece in range(PIECES + 1):  # at the last one all is written, but not yet under its name
+                if stall == (saves, piece):
+                    (folder / "saving").touch()
+                    time.sleep(60)
+                size = len(data) // PIECES + 1
+                file.write(data[piece * size : (piece + 1) * size])
 
     runs.save_file = slow_save
 
@@ -103,15 +108,15 @@ def main(folder: Path) -> dict:
     kills = during = 0
     while kills < KILLS:
         during_save = chance.random() < 0.6
-        delay = chance.uniform(0, 0.012) if during_save else chance.uniform(0, 0.2)
+        stall = (chance.randint(1, 2), chance.randint(0, PIECES)) if during_save else None
+        begun = folder / ("saving" if during_save else "stepping")
         for name in ("saving", "stepping"):
             (folder / name).unlink(missing_ok=True)
-        if not killed(folder, forked(work), during_save, delay):
+        if not killed(forked(work), begun, 0 if during_save else chance.uniform(0, 0.1)):
             break
         kills += 1
-        during += bool(list((folder / "killed").glob("*.tmp"))) if during_save else 0
-        for path in (folder / "killed").glob("*.tmp"):
-            path.unlink()
+        during += during_save
+    stall = None
     os.waitpid(forked(work), 0)
     got = torch.load(end, weights_only=True)
     return {
