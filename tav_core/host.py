@@ -724,7 +724,11 @@ def _plan(model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, m
 
     free: Any = comfy.model_management.get_free_memory(model.load_device)
     frames, _channels, height, width = shape
-    return memories.plan(mode, estimate, free, frames, width * 8, height * 8)
+    try:
+        return memories.plan(mode, estimate, free, frames, width * 8, height * 8)
+    except RuntimeError as error:  # fake tensors do not know every build of torch: no reason not to tune
+        log.warning("Tune-A-Video: memory could not be estimated (%s)", error)
+        return mode != "fast"
 
 
 def free_memory() -> None:

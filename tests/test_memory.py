@@ -184,3 +184,12 @@ def test_a_reused_run_needs_no_memory(inflated, clip, prompts, tmp_path, monkeyp
     told = []
     tune(inflated, clip, prompts, told, host.Saving(tmp_path), "auto")
     assert told == ["reused: all 4 steps were saved"]
+
+
+def test_an_estimate_that_fails_does_not_stop_a_tune(inflated, clip, prompts, monkeypatch, caplog):
+    def fail(*_args):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(host, "estimate_step", fail)
+    assert len(tune(inflated, clip, prompts, [], memory="auto").losses) == 4
+    assert "memory could not be estimated (no such operator)" in caplog.text
