@@ -136,9 +136,7 @@ def loops(model, golden):
 
 
 def training(model, golden, names, checkpointing):
-    draws = zip(
-        (fold(noise) for noise in golden["train.noise"]), golden["train.timesteps"].flatten().tolist(), strict=True
-    )
+    noises, timesteps = [fold(noise) for noise in golden["train.noise"]], golden["train.timesteps"].flatten().tolist()
     steps = []
     weights = host.one_shot_tune(
         model,
@@ -148,7 +146,7 @@ def training(model, golden, names, checkpointing):
         "fp32",
         checkpointing,
         steps.append,
-        draws,
+        lambda: zip(noises, timesteps, strict=True),
     )
     prefix = "train.checkpointed." if checkpointing else "train."
     for step, loss, norm in zip(steps, golden["train.loss"], golden["train.grad_norm"], strict=True):

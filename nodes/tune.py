@@ -1,15 +1,23 @@
+import logging
 import time
 from dataclasses import replace
+from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..tav_core import graph, host
 from ..tav_core.clip import to_image
-from ..tav_core.plot import loss_curve
+from ..tav_core.memory import MEMORY
+from ..tav_core.plot import beside, loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
 
+log = logging.getLogger(__name__)
+
 PICTURE_SECONDS = 0.5  # the page need not redraw the curve more often
+# A preview is played like a flip-book, a frame with each picture: the page draws progress pictures on a canvas, where
+# an animated file would stand still.
+EDIT_FPS = 8
 
 
 class OneShotTune(io.ComfyNode):
@@ -58,8 +66,8 @@ class OneShotTune(io.ComfyNode):
                 advanced(
                     io.Boolean,
                     "gradient_checkpointing",
-                    default=True,
-                    tooltip="Much less memory for about a third more time; the result is the same.",
+                    default=False,
+                    tooltip="On: always (as memory low). Much less memory, a third more time, the same result.",
                 ),
                 advanced(
                     io.Float,
@@ -80,6 +88,50 @@ class OneShotTune(io.ComfyNode):
                     step=0.1,
                     round=1e-3,
                     tooltip="Gradients longer than this are shortened to it, so that one step cannot spoil the tune.",
+                ),
+                advanced(
+                    io.Combo,
+                    "reuse",
+                    options=["auto", "restart"],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto continues or reuses what was saved of this very tune; restart trains from step 1.",
+                ),
+                advanced(
+                    io.Int,
+                    "save_every",
+                    default=50,
+                    min=1,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between saves to disk; also saved at Cancel, errors and the end. 0.9 GB for SD1.5.",
+                ),
+                advanced(
+                    io.Combo,
+                    "memory",
+                    options=list(MEMORY),
+                    default="auto",
+                    optional=True,
+                    tooltip="auto: the fastest way that fits. fast: never gradient checkpointing. low: always.",
+                ),
+                advanced(
+                    io.Int,
+                    "validation_every",
+                    default=100,
+                    min=1,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Steps between previews of validation_prompt. Each takes as long as ten steps or so.",
+                ),
+                io.Conditioning.Input(
+                    "validation_prompt",
+                    optional=True,
+                    tooltip="An edit prompt: while it tunes, the node shows short previews of it. Changes no result.",
+                ),
+                io.Conditioning.Input(
+                    "validation_negative",
+                    optional=True,
+                    tooltip="Empty text, as in DDIM Invert and Sample Video, for truer previews.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],  # the graph, which knows the caption's text
@@ -103,23 +155,61 @@ class OneShotTune(io.ComfyNode):
         gradient_checkpointing,
         weight_decay,
         max_grad_norm,
+        reuse="auto",
+        save_every=50,
+        memory="auto",
+        validation_every=100,
+        validation_prompt=None,
+        validation_negative=None,
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         show = host.progress(steps)
         losses: list[float] = []
         drawn = 0.0
+        edit: list[Any] = []  # the frames of the latest preview
+        edited = 0  # the step that it was made at
 
         def on_step(step):
             nonlocal drawn
-            losses.append(step.loss)
-            picture = None
-            if time.monotonic() - drawn > PICTURE_SECONDS or step.number == steps:
-                picture, drawn = loss_curve(losses, steps), time.monotonic()
+            losses[step.number - 1 :] = [step.loss]  # a step that is done again replaces its first report
+            picture, now = None, time.monotonic()
+            if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
+                picture, drawn = loss_curve(losses, steps), now
+                if edit:
+                    picture = beside(picture, edit[int(now * EDIT_FPS) % len(edit)], f"edit at step {edited}")
             show(step.number, picture)
 
-        weights = host.one_shot_tune(model, latents, caption, recipe, precision, gradient_checkpointing, on_step)
+        def on_edit(step, frames):
+            nonlocal edit, edited
+            edit, edited = frames, step
+            show(step, beside(loss_curve(losses, steps), edit[0], f"edit at step {edited}"))
+
+        validation = None
+        if validation_prompt is not None:
+            validation = host.Validation(validation_prompt, validation_negative, validation_every, on_edit)
+        told: list[str] = []
+
+        def tell(text):
+            told.append(text)
+            log.info("Tune-A-Video: %s", text)
+            host.progress_text(cls.hidden and cls.hidden.unique_id, "\n".join(told))
+
+        weights = host.one_shot_tune(
+            model,
+            latents,
+            caption,
+            recipe,
+            precision,
+            gradient_checkpointing,
+            on_step,
+            saving=host.Saving(host.runs_folder(), save_every, reuse == "restart"),
+            memory="low" if gradient_checkpointing else memory,
+            validation=validation,
+            tell=tell,
+        )
         if cls.hidden:
             prompt, node = cls.hidden.prompt, cls.hidden.unique_id
             weights = replace(weights, caption=graph.caption_of(prompt, node), stride=graph.stride_of(prompt, node))
         plot = to_image(loss_curve(weights.losses, steps))
-        return io.NodeOutput(host.apply_weights(model, weights), weights, plot)
+        text = "\n".join(told) or f"trained {steps} steps"
+        return io.NodeOutput(host.apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))

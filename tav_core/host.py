@@ -11,20 +11,24 @@ Host symbols used, and why:
 - `comfy.model_sampling`: epsilon, v-prediction or neither; the noise level of each timestep.
 - `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
   regional prompts, previews and cancel work.
-- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`: progress.
+- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`,
+  `server.PromptServer.send_progress_text`: progress.
 - `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.sd.CLIP`, `comfy.sd.VAE`, `comfy.sd1_clip`,
   `comfy.supported_models_base.ClipTarget`, `comfy.utils.unet_to_diffusers`: small models of one's own, in published
   naming.
-- `folder_paths`: the folder of weights files, `models/tune_a_video`, as extra_model_paths.yaml may add to it.
+- `folder_paths`: the folder of weights files, `models/tune_a_video`, as extra_model_paths.yaml may add to it; the user
+  folder, where saved states are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -48,10 +52,11 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransforme
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from . import ddim, files, published
+from . import ddim, files, published, runs
+from . import memory as memories
 from .attention import sdpa_override
 from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
-from .tuning import PredictionType, Recipe, Step, draw, trains, tune
+from .tuning import Draws, PredictionType, Recipe, Step, Training, reports_of, trains, weights_of
 from .weights import TunedWeights, difference, load_file, save_file
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
@@ -427,6 +432,17 @@ class _PlainOps:
         return {2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
 
 
+class _Fixed(nn.Module):
+    """In place of a projection whose input never changes: its output, [1 or f, tokens, width]."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.output.expand(context.shape[0], -1, -1)
+
+
 class TrainingUNet:
     """A private, differentiable copy of an inflated MODEL: same architecture, own weights.
 
@@ -437,23 +453,24 @@ class TrainingUNet:
         frames: f of every batch.
         precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
         gradient_checkpointing: recompute activations in the backward pass.
+        blank: have no values, on the meta device, for `memory.estimate`.
     """
 
-    def __init__(self, model: ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool):
+    def __init__(
+        self, model: ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool, blank: bool = False
+    ):
         inflation = inflation_of(model)
         host_unet = unet_of(model)
-        self.device = model.load_device
+        self.device = torch.device("cpu") if blank else model.load_device
         self.autocast = precision == "bf16"
         frozen = torch.bfloat16 if self.autocast else torch.float32
         config = {**model.model.model_config.unet_config, "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = _PlainOps
         self.unet = type(host_unet)(**config, device="meta", operations=operations)
+        source = self.unet.float().state_dict().items() if blank else effective_weights(model, self.device)
         # Norms and biases stay in float32 too: not every device normalises in mixed precision.
-        weights = {
-            name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen)
-            for name, weight in effective_weights(model, self.device)
-        }
+        weights = {name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen) for name, weight in source}
         self.unet.load_state_dict(weights, strict=True, assign=True)
         self.unet.requires_grad_(False).eval()
         parts = parts_of(self.unet)
@@ -461,8 +478,9 @@ class TrainingUNet:
         for name, block in parts_of(host_unet).blocks.items():
             set_heads(parts.blocks[name], block.n_heads)
 
-        self.temporal = TemporalLayers(parts, device=self.device)
-        self.temporal.assign(inflation.temporal.named())
+        self.temporal = TemporalLayers(parts, device="meta" if blank else self.device)
+        if not blank:
+            self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
         attach(parts, self.temporal, 1, frames, inflation.group_norm)
@@ -474,6 +492,17 @@ class TrainingUNet:
         for parameter in self.trainable.values():
             parameter.requires_grad_()
 
+    def fix_text(self, context: Tensor) -> None:
+        """Compute the text's keys and values once, for all steps, and let go of the weights that make them.
+
+        Args:
+            context: [1 or f, tokens, width]; calls must pass its first dimension expanded to f.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            for block in parts_of(self.unet).blocks.values():
+                block.attn2.to_k = _Fixed(block.attn2.to_k(context))
+                block.attn2.to_v = _Fixed(block.attn2.to_v(context))
+
     def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
         options = {"cond_or_uncond": [0], "optimized_attention_override": sdpa_override}
@@ -482,12 +511,30 @@ class TrainingUNet:
             return self.unet(latents, t, context=context, transformer_options=options)
 
 
-def effective_weights(model: ModelPatcher, device: torch.device):
-    """Yield (name, float32 tensor of our own on `device`) of each UNet weight, as the host would run it.
+def estimate_step(
+    model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, gradient_checkpointing: bool
+) -> memories.Estimate:
+    """Peak memory of a training step of an inflated model on latents of `shape`, with a caption of `tokens`."""
+    width = next(iter(parts_of(unet_of(model)).blocks.values())).attn2.to_k.in_features
+    network = TrainingUNet(model, shape[0], precision, gradient_checkpointing, blank=True)
+
+    def loss() -> Tensor:
+        context = torch.empty(1, tokens, width)
+        network.fix_text(context)
+        return network(torch.empty(shape), 0, context.expand(shape[0], -1, -1)).float().square().mean()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        return memories.estimate([network.unet, network.temporal], loss, model.load_device.type == "cuda")
+
+
+def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callable[[str], bool] = lambda _name: True):
+    """Yield (name, float32 tensor of our own on `device`) of each `wanted` UNet weight, as the host would run it.
 
     Patches (LoRA, merges, earlier tunes) are applied; the model itself is not loaded, patched or changed.
     """
     for key, ((weight, convert), *patches) in model.get_key_patches(UNET).items():
+        if not wanted(key):
+            continue
         own = convert(weight.detach().to(device, torch.float32, copy=True), inplace=True)
         if patches:
             own = comfy.lora.calculate_weight(patches, own, key)
@@ -501,6 +548,47 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Whether and how a tune's state is kept on disk.
+
+    Attributes:
+        folder: where (`runs_folder`).
+        every: steps between two saves; it is also saved at Cancel, at an error and at the end.
+        restart: begin anew, even if a saved state could be continued.
+    """
+
+    folder: Path
+    every: int = 50
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An edit to sample while a tune runs, to be looked at; it changes nothing of the tune.
+
+    Attributes:
+        positive: CONDITIONING of the edit.
+        negative: CONDITIONING of empty text, for inversion and guidance; zeros stand in for it when None.
+        every: steps between two samples.
+        show: called with the step and the frames as PIL pictures.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    every: int
+    show: Callable[[int, list[Any]], None]
+
+
+VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
+VALIDATION_CFG = 12.5
+
+
+def runs_folder() -> Path:
+    """Where saved states of tunes are kept: in the host's user folder, which survives restarts."""
+    return Path(folder_paths.get_user_directory()) / "tune_a_video" / "runs"
+
+
 def one_shot_tune(
     model: ModelPatcher,
     latent: Mapping[str, Any],
@@ -509,7 +597,12 @@ def one_shot_tune(
     precision: str,
     gradient_checkpointing: bool,
     on_step: Callable[[Step], None],
-    draws=None,
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
+    *,
+    saving: Saving | None = None,
+    memory: str | None = None,
+    validation: Validation | None = None,
+    tell: Callable[[str], None] = log.info,
 ) -> TunedWeights:
     """Tune an inflated model on one clip; the model itself is unchanged.
 
@@ -517,58 +610,256 @@ def one_shot_tune(
         latent: LATENT of the clip, at least two frames.
         caption: CONDITIONING with one entry.
         precision: "auto", "fp32" or "bf16".
-        on_step: called after each step. The host's interrupt is honoured after each step, too.
-        draws: noise and timesteps; by default those of `recipe.seed`.
+        on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
+            honoured after each step, too.
+        draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
+        saving: None saves nothing.
+        memory: "auto", "fast" or "low" estimates first and decides on checkpointing (`memory.plan`); None trusts
+            `gradient_checkpointing`.
+        validation: None samples nothing.
+        tell: called with what the user should know: resumed, reused, not saved, out of memory.
+    Raises:
+        MemoryError: it does not fit, by the estimate or in fact.
+        FloatingPointError: the loss is not finite.
     """
-    samples = check_inputs(model, latent, min_frames=2, caption=caption)
+    prompts = {"caption": caption}
+    if validation is not None:
+        prompts["validation_prompt"] = validation.positive
+        if validation.negative is not None:
+            prompts["validation_negative"] = validation.negative
+    samples = check_inputs(model, latent, min_frames=2, **prompts)
     if len(caption) != 1:
         raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
-    frames = samples.shape[0]
-    inflation = inflation_of(model)
-    prediction_type = prediction_type_of(model)
     device = model.load_device
-
-    losses: list[float] = []
-
-    def interruptible(step: Step) -> None:
-        losses.append(step.loss)
-        on_step(step)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    precision = resolve_precision(precision, device)
 
     # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
     with torch.inference_mode(False), torch.enable_grad():
         latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
-        context = caption[0][0].detach().clone().to(device, torch.float32).expand(frames, -1, -1)
+        context = caption[0][0].detach().clone().to(device, torch.float32)
         sigmas = model_sigmas(model).detach().clone().cpu()
+        identity = fingerprint(model)
+
+        def signed(weights: TunedWeights) -> TunedWeights:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            return replace(weights, base_fingerprint=identity, date=now)
+
+        run = state = None
+        if saving is not None:
+            key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
+            run = runs.Run(saving.folder, key, recipe.steps)
+            state = None if saving.restart else run.load()
+        reports = [] if state is None else reports_of(state)
+        for report in reports:
+            on_step(report)
+        if state is not None:
+            if len(reports) == recipe.steps:
+                tell(f"reused: all {recipe.steps} steps were saved")
+                return signed(_result(model, weights_of(state), reports, recipe, latents.shape))
+            tell(f"resumed after step {len(reports)}")
         if device.type != "cpu":
             comfy.model_management.unload_all_models()
-        network = TrainingUNet(model, frames, resolve_precision(precision, device), gradient_checkpointing)
-        before = {name: p.detach().clone() for name, p in network.trainable.items() if ".attn_temp." not in name}
+        free_memory()
+        if memory is not None:
+            gradient_checkpointing = _plan(model, latents.shape, context.shape[1], precision, memory)
+        every = recipe.steps if saving is None else saving.every
+        tune = _Tune(
+            model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
+        )
+        for checkpointing in (True,) if gradient_checkpointing else (False, True):
+            weights = None
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                weights = tune.attempt(checkpointing, state)
+            free_memory()  # here, where no traceback holds the network any more
+            if weights is not None:
+                return signed(weights)
+            state = run and run.load()
+            if not checkpointing:
+                start = f"from step {len(reports_of(state))}" if state else "from the start"
+                tell(f"out of memory; tried again with gradient checkpointing, {start}")
+        raise MemoryError(
+            "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
+            "close what else uses the device; the same graph then runs as usual."
+        )
+
+
+@dataclass
+class _Tune:
+    """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
+
+    Attributes:
+        latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
+        run: where the state is saved after every `save_every` steps; None saves nothing.
+        saved, last_save: the step whose state is on disk, and the last one that should be.
+    """
+
+    model: ModelPatcher
+    latent: Mapping[str, Any]
+    latents: Tensor
+    context: Tensor
+    sigmas: Tensor
+    recipe: Recipe
+    precision: str
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
+    run: runs.Run | None
+    save_every: int
+    validation: Validation | None
+    on_step: Callable[[Step], None]
+    tell: Callable[[str], None]
+    saved: int = 0
+    last_save: int = 0
+
+    def attempt(self, gradient_checkpointing: bool, state: dict[str, Tensor] | None) -> TunedWeights:
+        """Train to the end, from the start or from `state`, which is used up by this."""
+        frames = self.latents.shape[0]
+        network = TrainingUNet(self.model, frames, self.precision, gradient_checkpointing)
+        network.fix_text(self.context)
+        draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        training = Training(network.trainable, self.recipe, draws)
+        if state is not None:
+            training.restore(state)
+            state.clear()  # a gigabyte
+        self.saved = self.last_save = len(training.reports)
         count = sum(parameter.numel() for parameter in network.trainable.values())
         log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-        tune(
-            predict=lambda noisy, timestep: network(noisy, timestep, context),
-            trainable=network.trainable,
-            latents=latents,
-            sigmas=sigmas,
-            prediction_type=prediction_type,
-            recipe=recipe,
-            draws=draws if draws is not None else draw(latents.shape, len(sigmas), recipe.seed),
-            on_step=interruptible,
-        )
-        height, width = (LATENT_PIXELS * side for side in samples.shape[2:])
-        return TunedWeights(
-            queries={name: difference(network.trainable[name].detach(), old).cpu() for name, old in before.items()},
-            temporal={name: p.detach().cpu().clone() for name, p in network.temporal.named().items()},
-            frames=frames,
-            group_norm=inflation.group_norm,
-            losses=losses,
-            base_family=family_of(model),
-            base_fingerprint=fingerprint(model),
-            size=(width, height),
-            recipe=recipe,
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+        text = self.context.expand(frames, -1, -1)
+
+        def after_step(step: Step) -> None:
+            self.on_step(step)
+            if step.number % self.save_every == 0:
+                self.save(training)
+            if self.validation is not None and step.number % self.validation.every == 0:
+                self.validate(training, self.validation)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        try:
+            training.run(
+                lambda noisy, timestep: network(noisy, timestep, text),
+                self.latents,
+                self.sigmas,
+                prediction_type_of(self.model),
+                after_step,
+            )
+        finally:
+            self.save(training)  # at the end, at Cancel and at an error alike
+        return self.result(training)
+
+    def save(self, training: Training) -> None:
+        """Save the state, if there is a new and whole one. A full disk is told, and does not stop the tune."""
+        step = len(training.reports)
+        if self.run is None or step == self.last_save or not training.whole:
+            return
+        self.last_save = step
+        try:
+            self.run.save(training.state(), step)
+            self.saved = step
+        except OSError as error:
+            older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
+            self.tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+
+    def validate(self, training: Training, validation: Validation) -> None:
+        """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
+        step, pictures = len(training.reports), None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
+        if self.model.load_device.type != "cpu":
+            comfy.model_management.unload_all_models()
+        free_memory()
+        if pictures is None:
+            self.validation = None
+            self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
+        else:
+            validation.show(step, pictures)
+
+    def result(self, training: Training) -> TunedWeights:
+        """What was learned so far."""
+        trained = {name: parameter.detach() for name, parameter in training.trainable.items()}
+        return _result(self.model, trained, training.reports, self.recipe, self.latents.shape)
+
+
+def _sample_edit(
+    model: ModelPatcher, latent: Mapping[str, Any], weights: TunedWeights, validation: Validation
+) -> list[Any]:
+    """Invert the clip and sample the edit with these weights, as the nodes do; rough pictures of its frames."""
+    with torch.inference_mode():
+        tuned = apply_weights(model, weights)
+        negative = validation.negative
+        if negative is None:
+            negative = [[torch.zeros_like(validation.positive[0][0]), {}]]
+
+        def silent(*_args: Any) -> None: ...
+
+        inverted, _noise, _sigmas = invert(tuned, latent, negative, VALIDATION_STEPS, silent)
+        video = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
+        return pictures_of(model, video["samples"])
+
+
+def _plan(model: ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> bool:
+    """Whether to use gradient checkpointing, from an estimate and the host's free memory. See `memory.plan`."""
+
+    def estimate(gradient_checkpointing: bool) -> memories.Estimate:
+        return estimate_step(model, shape, tokens, precision, gradient_checkpointing)
+
+    free: Any = comfy.model_management.get_free_memory(model.load_device)
+    frames, _channels, height, width = shape
+    try:
+        return memories.plan(mode, estimate, free, frames, LATENT_PIXELS * width, LATENT_PIXELS * height)
+    except RuntimeError as error:  # fake tensors do not know every build of torch: no reason not to tune
+        log.warning("Tune-A-Video: memory could not be estimated (%s)", error)
+        return mode != "fast"
+
+
+def free_memory() -> None:
+    """Give back to the device what no one uses any more; a network and its hooks refer to each other."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def _run_key(
+    model: ModelPatcher, identity: str, latents: Tensor, context: Tensor, sigmas: Tensor, recipe: Recipe, precision: str
+) -> str:
+    """What determines a tune's result beside its number of steps, as a digest.
+
+    Gradient checkpointing is left out: it computes the same in another order of work.
+    """
+    unet, inflation = unet_of(model), inflation_of(model)
+    return runs.digest(
+        {
+            "model": identity,
+            "config": repr(sorted(model.model.model_config.unet_config.items())),
+            "heads": {name: block.n_heads for name, block in parts_of(unet).blocks.items()},
+            "temporal": inflation.temporal.named(),
+            "group_norm": inflation.group_norm,
+            "latents": latents,
+            "context": context,
+            "sigmas": sigmas,
+            "prediction_type": prediction_type_of(model),
+            "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
+            "precision": precision,
+        }
+    )
+
+
+def _result(
+    model: ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
+) -> TunedWeights:
+    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'."""
+    inflation = inflation_of(model)
+    base = effective_weights(model, model.load_device, trains)
+    frames, _channels, height, width = shape
+    return TunedWeights(
+        queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
+        temporal={
+            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in inflation.temporal.named().items()
+        },
+        frames=frames,
+        group_norm=inflation.group_norm,
+        losses=[report.loss for report in reports],
+        base_family=family_of(model),
+        size=(LATENT_PIXELS * width, LATENT_PIXELS * height),
+        recipe=recipe,
+    )
 
 
 def apply_weights(
@@ -867,11 +1158,31 @@ def preview_callback(model: ModelPatcher, steps: int) -> Callable[[int, Tensor, 
     return latent_preview.prepare_callback(model, steps)
 
 
+def pictures_of(model: ModelPatcher, samples: Tensor) -> list[Any]:
+    """LATENT samples as rough PIL pictures, one a frame, by the host's previewer: no VAE is loaded."""
+    latent_format = model.get_model_object("latent_format")
+    previewer: Any = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None:  # the user has switched previews of sampling off, but asked for these
+        previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
+    x0 = model.model.process_latent_in(samples).to(model.load_device)
+    return [previewer.decode_latent_to_preview(frame[None]) for frame in x0]
+
+
 def progress(steps: int) -> Callable[[int, Any], None]:
     """The host's progress bar: call with the number of finished steps and a PIL picture (or None) to show."""
     bar = comfy.utils.ProgressBar(steps)
 
     def update(done: int, picture: Any = None) -> None:
-        bar.update_absolute(done, steps, ("JPEG", picture, 512) if picture is not None else None)
+        bar.update_absolute(done, steps, ("JPEG", picture, max(picture.size)) if picture is not None else None)
 
     return update
+
+
+def progress_text(node_id: str | None, text: str) -> None:
+    """Show `text` in a node of the page, where a server runs."""
+    # Imported here: the server module starts half of the host, and tests and tools work without it.
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)

@@ -1,4 +1,4 @@
-"""The loss curve, drawn while a tune runs."""
+"""The loss curve, and the edit beside it, drawn while a tune runs."""
 
 from __future__ import annotations
 
@@ -43,4 +43,16 @@ def loss_curve(losses: Sequence[float], steps: int, width: int = 512, height: in
         for values, colour, thickness in ((losses, RAW, 1), (means, SMOOTH, 2)):
             draw.line([at(i + 1, value) for i, value in enumerate(values)], fill=colour, width=thickness)
         draw.text((right, 6), f"step {len(losses)} of {steps}   loss {means[-1]:.4f}", fill=INK, anchor="ra")
+    return picture
+
+
+def beside(curve: Image, frame: Image, label: str) -> Image:
+    """The curve with a frame of a preview on its right, as high as the curve."""
+    from PIL import Image, ImageDraw
+
+    width = max(round(frame.width * curve.height / frame.height), 1)
+    picture = Image.new("RGB", (curve.width + width, curve.height))
+    picture.paste(curve, (0, 0))
+    picture.paste(frame.resize((width, curve.height), Image.Resampling.BICUBIC), (curve.width, 0))
+    ImageDraw.Draw(picture).text((curve.width + 6, 6), label, fill=INK, stroke_width=2, stroke_fill="black")
     return picture

@@ -54,15 +54,22 @@ def trains(name: str) -> bool:
     return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight")) or ".attn_temp." in name
 
 
-def draw(shape: torch.Size, timesteps: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+class Draws:
     """Endless noise (float32, `shape`, CPU) and timestep for each step, from a generator of its own.
 
     Noise is independent per frame; the timestep is one for the video, uniform in [0, `timesteps`).
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    while True:
-        noise = torch.randn(shape, generator=generator)
-        yield noise, int(torch.randint(timesteps, (1,), generator=generator))
+
+    def __init__(self, shape: torch.Size, timesteps: int, seed: int):
+        self.shape, self.timesteps = shape, timesteps
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, int]:
+        noise = torch.randn(self.shape, generator=self.generator)
+        return noise, int(torch.randint(self.timesteps, (1,), generator=self.generator))
 
 
 def diffuse(latents: Tensor, noise: Tensor, sigma: float, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
@@ -77,43 +84,103 @@ def diffuse(latents: Tensor, noise: Tensor, sigma: float, prediction_type: Predi
     return signal * latents + spread * noise, target
 
 
-def tune(
-    predict: Callable[[Tensor, int], Tensor],
-    trainable: Mapping[str, nn.Parameter],
-    latents: Tensor,
-    sigmas: Tensor,
-    prediction_type: PredictionType,
-    recipe: Recipe,
-    draws: Iterator[tuple[Tensor, int]],
-    on_step: Callable[[Step], None],
-) -> None:
-    """Train `trainable` in place on one clip.
+class Training:
+    """One tune in the making: `trainable` is trained in place on one clip.
+
+    Continued from a `state` that was taken after any step, it gives the same result to the bit.
 
     Args:
-        predict: network output for noisy latents [f, c, h, w] at a timestep, differentiable in `trainable`.
         trainable: float32 parameters by name.
-        latents: the clip in the model's space, float32, [f, c, h, w].
-        sigmas: the model's noise level at each timestep, [T].
-        draws: noise and timestep for each step, as `draw` makes them.
-        on_step: called after each step; an exception from it ends the tune.
-    Raises:
-        FloatingPointError: the loss is not finite.
+        draws: noise and timestep for each step: `Draws`, or any iterator where no state is taken.
     """
-    parameters = list(trainable.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay
-    )
-    for number in range(1, recipe.steps + 1):
-        noise, timestep = next(draws)
-        noisy, target = diffuse(latents, noise.to(latents), float(sigmas[timestep]), prediction_type)
-        loss = F.mse_loss(predict(noisy, timestep).float(), target)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {number}: tuning was stopped and its result discarded. "
-                "Lower learning_rate, or set precision to fp32."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        optimizer.step()
-        on_step(Step(number, loss.item(), float(norm)))
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter], recipe: Recipe, draws: Iterator[tuple[Tensor, int]]):
+        self.trainable, self.recipe, self.draws = trainable, recipe, draws
+        self.reports: list[Step] = []
+        self.whole = True  # False while a step is written into the parameters: a state taken then would be neither
+        self.optimizer = torch.optim.AdamW(
+            list(trainable.values()),
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=recipe.weight_decay,
+        )
+        self._generator_state: Tensor | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, after the last finished step, as copies on the CPU.
+
+        `weight/…`, and AdamW's `exp_avg/…`, `exp_avg_sq/…`, `step/…`, by name; `generator` (uint8), `losses` and
+        `grad_norms` (float64, one a step).
+        """
+        assert self.whole and self._generator_state is not None, "there is no state before or within a step"
+        tensors = {"generator": self._generator_state}
+        for name, parameter in self.trainable.items():
+            for kind, value in {"weight": parameter, **self.optimizer.state[parameter]}.items():
+                tensors[f"{kind}/{name}"] = value.detach()
+        tensors["losses"] = torch.tensor([step.loss for step in self.reports], dtype=torch.float64)
+        tensors["grad_norms"] = torch.tensor([step.grad_norm for step in self.reports], dtype=torch.float64)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on after the step at which `state` was taken, of a tune of the same parameters and recipe."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for index, (name, parameter) in enumerate(self.trainable.items()):
+                parameter.copy_(state[f"weight/{name}"])
+                moments[index] = {kind: state[f"{kind}/{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        assert isinstance(self.draws, Draws)
+        self._generator_state = state["generator"]
+        self.draws.generator.set_state(self._generator_state)
+        self.reports = reports_of(state)
+
+    def run(
+        self,
+        predict: Callable[[Tensor, int], Tensor],
+        latents: Tensor,
+        sigmas: Tensor,
+        prediction_type: PredictionType,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        """Train up to the recipe's number of steps.
+
+        Args:
+            predict: network output for noisy latents [f, c, h, w] at a timestep, differentiable in `trainable`.
+            latents: the clip in the model's space, float32, [f, c, h, w].
+            sigmas: the model's noise level at each timestep, [T].
+            on_step: called after each step; an exception from it ends the run.
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        parameters = list(self.trainable.values())
+        for number in range(len(self.reports) + 1, self.recipe.steps + 1):
+            noise, timestep = next(self.draws)
+            noisy, target = diffuse(latents, noise.to(latents), float(sigmas[timestep]), prediction_type)
+            loss = F.mse_loss(predict(noisy, timestep).float(), target)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"the loss became {loss.item()} at step {number}: tuning was stopped and its result discarded. "
+                    "Lower learning_rate, or set precision to fp32."
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
+            self.whole = False
+            self.optimizer.step()
+            if isinstance(self.draws, Draws):
+                self._generator_state = self.draws.generator.get_state()
+            self.reports.append(Step(number, loss.item(), float(norm)))
+            self.whole = True
+            on_step(self.reports[-1])
+
+
+def reports_of(state: Mapping[str, Tensor]) -> list[Step]:
+    """The reports of all steps that a `Training.state` holds."""
+    pairs = zip(state["losses"].tolist(), state["grad_norms"].tolist(), strict=True)
+    return [Step(number, *pair) for number, pair in enumerate(pairs, 1)]
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors, by name, that a `Training.state` holds."""
+    return {name.removeprefix("weight/"): tensor for name, tensor in state.items() if name.startswith("weight/")}

@@ -117,7 +117,7 @@ def test_diffuse_is_the_schedulers_forward_process():
 
 
 def test_draws_cover_all_timesteps_and_are_independent_per_frame():
-    draws = tuning.draw(torch.Size([2, 1, 2, 2]), 10, seed=0)
+    draws = tuning.Draws(torch.Size([2, 1, 2, 2]), 10, seed=0)
     noises, timesteps = zip(*(next(draws) for _ in range(400)), strict=True)
     assert set(timesteps) == set(range(10))
     noise = torch.stack(noises).flatten(2)

@@ -1,0 +1,317 @@
+"""Tunes that are cancelled, killed, reused, and whose files are damaged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+from pack import PROJECT
+from tune_a_video.nodes import OneShotTune
+from tune_a_video.tav_core import host, runs
+from tune_a_video.tav_core.tuning import Recipe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def tune(inflated, clip, prompts, folder):
+    """Tune with saving, as nodes run; what the user was told is in `tune.told`."""
+
+    def run(steps=6, every=2, restart=False, on_step=lambda _step: None, model=inflated, latents=clip, **recipe):
+        run.told.clear()
+        saving = host.Saving(folder, every, restart)
+        with torch.inference_mode():
+            return host.one_shot_tune(
+                model,
+                latents,
+                prompts[1],
+                Recipe(steps, **recipe),
+                "fp32",
+                True,
+                on_step,
+                saving=saving,
+                tell=run.told.append,
+            )
+
+    run.told = []
+    return run
+
+
+@pytest.fixture
+def undisturbed(inflated, clip, prompts):
+    def run(steps, **recipe):
+        with torch.inference_mode():
+            return host.one_shot_tune(
+                inflated, clip, prompts[1], Recipe(steps, **recipe), "fp32", True, lambda _step: None
+            )
+
+    return run
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def work(*_args, **_kwargs):
+        raise AssertionError("training began")
+
+    return lambda: monkeypatch.setattr(host, "TrainingUNet", work)
+
+
+def cancel_at(number):
+    def press_cancel(step):
+        if step.number == number:
+            comfy.model_management.interrupt_current_processing()
+
+    return press_cancel
+
+
+def identical(a, b):
+    tensors = [{**weights.queries, **weights.temporal} for weights in (a, b)]
+    return all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0]) and a.losses == b.losses
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_cancelled_and_run_again_is_as_if_undisturbed(tune, undisturbed):
+    for step in (1, 3, 4):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            tune(on_step=cancel_at(step))
+    seen = []
+    weights = tune(on_step=seen.append)
+    assert tune.told == ["resumed after step 4"]
+    assert [step.number for step in seen] == [1, 2, 3, 4, 5, 6]
+    assert identical(weights, undisturbed(6))
+
+
+def test_an_error_loses_nothing(tune, undisturbed):
+    def fail(step):
+        if step.number == 3:
+            raise RuntimeError("a cable was pulled")
+
+    with pytest.raises(RuntimeError, match="cable"):
+        tune(on_step=fail, every=100)
+    weights = tune()
+    assert tune.told == ["resumed after step 3"]
+    assert identical(weights, undisturbed(6))
+
+
+def test_an_error_inside_an_update_saves_the_state_before_it_or_none(tune, folder, undisturbed, monkeypatch):
+    adamw, calls = torch.optim.AdamW.step, []
+
+    def half(optimizer, *args, **kwargs):
+        calls.append(1)
+        adamw(optimizer, *args, **kwargs)
+        if len(calls) == 4:
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        tune(every=2)
+    weights = tune()
+    assert tune.told == ["resumed after step 2"]
+    assert identical(weights, undisturbed(6))
+
+
+def test_a_finished_run_is_reused_without_training(tune, no_training, unchanged, inflated):
+    first = tune()
+    no_training()
+    with unchanged(inflated):
+        again = tune()
+    assert tune.told == ["reused: all 6 steps were saved"]
+    assert identical(first, again)
+
+
+def test_restart_trains_anew(tune, no_training):
+    first = tune()
+    assert identical(first, tune(restart=True)) and not tune.told
+    no_training()
+    with pytest.raises(AssertionError, match="training began"):
+        tune(restart=True)
+
+
+def test_more_steps_continue_and_fewer_keep_the_longer_run(tune, undisturbed, no_training):
+    tune(4)
+    longer = tune(6)
+    assert tune.told == ["resumed after step 4"] and identical(longer, undisturbed(6))
+    assert identical(tune(3), undisturbed(3)) and not tune.told
+    no_training()
+    for steps in (3, 4, 6):
+        tune(steps)
+        assert tune.told == [f"reused: all {steps} steps were saved"]
+
+
+def test_another_tune_is_not_taken_for_this_one(tune, make_model, clip, inflated, prompts, folder):
+    """Whatever changes the result changes the key."""
+    tune(1)
+    styled = inflated.clone()
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
+    styled.add_patches({key: ("diff", (torch.ones_like(inflated.model.state_dict()[key]),))}, 0.3)
+    retuned = host.apply_weights(inflated, tune(1))
+    others = [
+        {"seed": 34},
+        {"learning_rate": 1e-5},
+        {"weight_decay": 0.0},
+        {"max_grad_norm": 0.5},
+        {"latents": {"samples": clip["samples"] + 1e-6}},
+        {"latents": {"samples": clip["samples"][:4]}},
+        {"model": styled},
+        {"model": host.inflate(make_model(seed=1), "video")},
+        {"model": host.inflate(make_model(prediction_type="v_prediction"), "video")},
+        {"model": host.inflate(make_model(), "per_frame")},
+        {"model": retuned},
+    ]
+    for other in others:
+        tune(1, **other)
+        assert not tune.told, other
+    assert len(files(folder)) == 1 + len(others)
+    prompts[1][0][0] += 1e-6
+    tune(1)
+    assert not tune.told
+
+
+def damage(data: bytes) -> dict[str, bytes]:
+    header = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + header])
+    key = next(key for key in metadata if key.startswith("weight/"))
+    at = 8 + header + metadata[key]["data_offsets"][0]
+    return {
+        "empty": b"",
+        "truncated": data[: len(data) // 2],
+        "a byte short": data[:-1],
+        "one bit of a weight": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :],
+        "zeros": bytes(len(data)),
+        "a header of terabytes": (2**42).to_bytes(8, "little") + data[8:],
+        "html": b"<!DOCTYPE html><html></html>",
+        "a pickle": b"\x80\x04c" + data[3:],
+        "another step": data.replace(b'"step":"4"', b'"step":"3"'),
+        "a step that is no number": data.replace(b'"step":"4"', b'"step":"x"'),
+        "no metadata": data[:8] + data[8 : 8 + header].replace(b"__metadata__", b"__metadatx__") + data[8 + header :],
+    }
+
+
+KINDS = ["empty", "truncated", "a byte short", "one bit of a weight", "zeros", "a header of terabytes", "html"]
+KINDS += ["a pickle", "another step", "a step that is no number", "no metadata"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corrupt_state_is_set_aside(tune, folder, undisturbed, kind):
+    tune(4)
+    (path,) = folder.iterdir()
+    data = damage(path.read_bytes())[kind]
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+    weights = tune(4)
+    assert not tune.told
+    assert identical(weights, undisturbed(4))
+    assert files(folder) == [path.name, path.name + runs.CORRUPT]
+
+
+def test_an_older_good_state_serves_when_a_newer_is_corrupt(tune, folder, undisturbed):
+    tune(2)
+    (good,) = folder.iterdir()
+    tune(4)
+    (newer,) = set(folder.iterdir()) - {good}
+    newer.write_bytes(newer.read_bytes()[:-7])
+    assert identical(tune(6), undisturbed(6))
+    assert tune.told == ["resumed after step 2"]
+
+
+def state(value):
+    return {"weight/x": torch.full((256,), float(value)), "losses": torch.zeros(1)}
+
+
+def test_the_longest_unused_goes_first(folder, monkeypatch):
+    monkeypatch.setenv("TAV_KEEP_RUNS", "3")
+    for age, key in enumerate("abcd"):
+        run = runs.Run(folder, key, 1)
+        run.save(state(age), 1)
+        if run.path.exists():
+            os.utime(run.path, (age, age))
+        if key == "c":
+            runs.Run(folder, "a", 1).load()  # used again
+    assert files(folder) == [f"{key}.1.safetensors" for key in "acd"]
+
+
+def test_the_size_limit_keeps_what_was_just_saved(folder, monkeypatch):
+    monkeypatch.setenv("TAV_KEEP_GIB", "1e-9")
+    for key in "ab":
+        runs.Run(folder, key, 1).save(state(1), 1)
+    assert files(folder) == ["b.1.safetensors"]
+
+
+def test_a_limit_that_is_no_number_is_named_and_not_used(folder, monkeypatch, caplog):
+    monkeypatch.setenv("TAV_KEEP_GIB", "lots")
+    runs.Run(folder, "a", 1).save(state(1), 1)
+    assert "TAV_KEEP_GIB is 'lots', not a number" in caplog.text
+
+
+def test_half_written_files_of_killed_processes_are_removed_in_time(folder):
+    run = runs.Run(folder, "a", 1)
+    run.save(state(1), 1)
+    old, new = (folder / f"b.1.safetensors.{pid}.tmp" for pid in (1, 2))
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    run.save(state(2), 1)
+    assert files(folder) == ["a.1.safetensors", new.name]
+
+
+def test_a_full_disk_does_not_stop_the_tune(tune, folder, undisturbed):
+    """A limit on the size of files: the write fails half-way, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+
+    def fill(step):
+        if step.number == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        weights = tune(6, on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert identical(weights, undisturbed(6))
+    assert len(tune.told) == 2
+    assert all("could not be saved" in text and "the saved state of step 2 stays" in text for text in tune.told)
+    assert len(files(folder)) == 1  # nothing half-written is left
+    assert identical(tune(6), weights)
+    assert tune.told == ["resumed after step 2"]
+
+
+def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
+    folder.write_text("a file where the folder should be")
+    assert len(tune(2).losses) == 2
+    assert len(tune.told) == 1 and "could not be saved" in tune.told[0]
+
+
+def test_the_node_says_what_it_did(inflated, clip, prompts, folder, monkeypatch):
+    monkeypatch.setattr(host, "runs_folder", lambda: folder)
+    values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
+    values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip, "model": inflated}
+    with torch.inference_mode():
+        texts = [OneShotTune.execute(**values, reuse=reuse).ui.as_dict()["text"][0] for reuse in ("auto", "auto")]
+        restarted = OneShotTune.execute(**values, reuse="restart").ui.as_dict()["text"][0]
+    assert texts == ["trained 2 steps", "reused: all 2 steps were saved"]
+    assert restarted == "trained 2 steps"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the tune")
+def test_killed_at_20_moments_it_ends_as_if_undisturbed(tmp_path):
+    script = PROJECT / "tests" / "support" / "killed.py"
+    run = subprocess.run(
+        [sys.executable, "-I", str(script), str(tmp_path)], capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["kills"] == 20
+    assert report["kills_during_a_save"] >= 5
+    assert report["resumed"] >= 10
+    assert report["identical"]
+    assert Path(tmp_path, "killed").exists()
