@@ -30,8 +30,8 @@ from . import classifier, measure, model, sheet, world
 from .world import Clip, Scene
 
 # The paper's recipe scaled to this model, which is small and learns quickly.
-RECIPE = Recipe(steps=100, learning_rate=3e-4)
-STEPS, CFG = 30, 7.5
+RECIPE = Recipe(steps=300, learning_rate=5e-4)
+STEPS, CFG = 30, 3.0
 FRAMES = 8
 CELL = 8  # pixels of a latent cell
 

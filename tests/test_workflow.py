@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
+from tune_a_video.demo import job
 from tune_a_video.demo.api import Refused, find, to_api
 
 CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
@@ -150,6 +151,18 @@ def test_weights_are_kept_described_and_read_again_when_they_change(server, prom
     again["load"]["inputs"]["file"] = "../../checkpoints/sd15.ckpt"
     with pytest.raises(Refused, match="is absolute, or has an empty or hidden part or a step upwards"):
         server.run(again)
+
+
+def test_the_demos_job_on_an_own_clip(server, prompt):
+    """`run.py demo --video … --checkpoint …`, made small."""
+    own = job.own_clip(server, PROJECT / "demo" / "quickstart.mp4", "a car", "sd15.ckpt", ["a dog", "a cat"])
+    for entry in own.values():
+        small = {"width": SIZE, "height": SIZE, "count": 2, "steps": 1, "stride": 1}
+        entry["inputs"] |= {name: value for name, value in small.items() if name in entry["inputs"]}
+    videos, _seconds = job.run(server, own)
+    assert set(videos) == {"source", "reconstruction", "a dog", "a cat"}
+    assert all(video.pictures.shape == (2, SIZE, SIZE, 3) for video in videos.values())
+    assert set(job.measure_own(videos)) == {"a dog", "a cat"}
 
 
 def node(kind, **inputs):
