@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +54,7 @@ from torch import Tensor, nn
 from . import ddim, files, published, runs
 from . import memory as memories
 from .attention import sdpa_override
+from .digest import digest
 from .inflation import TemporalLayers, UNetParts, attach, checkpoint_stages, inflated
 from .tuning import Draws, PredictionType, Recipe, Step, Training, reports_of, trains, weights_of
 from .weights import TunedWeights, difference, load_file, save_file
@@ -240,26 +240,8 @@ def fingerprint(model: ModelPatcher) -> str:
 
     It reads gigabytes: some seconds for a full-size model.
     """
-    digest = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            # Cloned: an inference tensor that was cast outside of inference mode cannot be viewed.
-            own = part.detach().cpu().clone(memory_format=torch.contiguous_format)
-            digest.update(own.flatten().view(torch.uint8).numpy().data)
-        elif isinstance(part, (list, tuple)):
-            digest.update(f"{len(part)}:".encode())
-            for entry in part:
-                add(entry)
-        elif hasattr(part, "weights"):  # an adapter: LoRA, LoHa, …
-            add((type(part).__name__, part.weights))
-        else:
-            digest.update((part.__qualname__ if callable(part) else repr(part)).encode())
-
-    for key, ((weight, _convert), *patches) in sorted(model.get_key_patches(UNET).items()):
-        add((key, weight, patches))
-    return digest.hexdigest()
+    patches = sorted(model.get_key_patches(UNET).items())
+    return digest([(key, weight, more) for key, ((weight, _convert), *more) in patches])
 
 
 def load(model: ModelPatcher) -> None:
@@ -823,7 +805,7 @@ def _run_key(
     Gradient checkpointing is left out: it computes the same in another order of work.
     """
     unet, inflation = unet_of(model), inflation_of(model)
-    return runs.digest(
+    return digest(
         {
             "model": identity,
             "config": repr(sorted(model.model.model_config.unet_config.items())),

@@ -10,19 +10,19 @@ TAV_KEEP_GIB. The files used longest ago go first.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .digest import digest
 
 KEEP_RUNS = 20
 KEEP_GIB = 20.0
@@ -34,27 +34,6 @@ UNFINISHED = ".tmp"
 UNFINISHED_SECONDS = 3600  # no save takes this long: what is older was left by a process that was killed
 
 log = logging.getLogger(__name__)
-
-
-def digest(value: Any) -> str:
-    """SHA-256, as hex, of tensors, numbers and texts in mappings and sequences; equal only for equal values."""
-    result = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, Tensor):
-            result.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            result.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif isinstance(part, Mapping):
-            add(sorted(part.items()))
-        elif isinstance(part, Sequence) and not isinstance(part, str):
-            result.update(f"{len(part)}:".encode())
-            for entry in part:
-                add(entry)
-        else:
-            result.update(f"{part!r};".encode())
-
-    add(value)
-    return result.hexdigest()
 
 
 @dataclass(frozen=True)
