@@ -19,8 +19,9 @@ from pack import load_pack
 from safetensors.torch import load_file
 
 load_pack()
-from tune_a_video.tav_core import ddim, host, published  # noqa: E402
+from tune_a_video.tav_core import ddim, editing, host, library, published  # noqa: E402
 from tune_a_video.tav_core.inflation import TemporalLayers  # noqa: E402
+from tune_a_video.tav_core.one_shot import one_shot_tune  # noqa: E402
 from tune_a_video.tav_core.tuning import Recipe, trains  # noqa: E402
 
 TOLERANCES = {"forward": 2e-6, "inversion": 1e-5, "sampling": 1e-4, "loss": 1e-5, "grad_norm": 1e-5, "update": 5e-3}
@@ -115,7 +116,7 @@ def loops(model, golden):
     trace: list[torch.Tensor] = []
     latent = {"samples": out_of(fold(golden["ddim.x0"]))}
     with torch.inference_mode():
-        inverted, _, _ = host.invert(model, latent, uncond, steps, record(trace, sigmas))
+        inverted, _, _ = editing.invert(model, latent, uncond, steps, record(trace, sigmas))
     trace.append(into(inverted["samples"]) / (1 + sigmas[-1] ** 2).sqrt())
     yield (
         "ddim.inversion",
@@ -127,7 +128,7 @@ def loops(model, golden):
     trace = []
     with torch.inference_mode():
         latent = {"samples": out_of(start), host.KEY: {"steps": steps}}
-        final = host.sample_video(model, latent, cond, uncond, steps, 12.5, record(trace, sigmas.flip(0)))
+        final = editing.sample_video(model, latent, cond, uncond, steps, 12.5, record(trace, sigmas.flip(0)))
     trace = [*trace[1:], into(final["samples"])]
     yield (
         "ddim.sampling_cfg12.5",
@@ -138,7 +139,7 @@ def loops(model, golden):
 def training(model, golden, names, checkpointing):
     noises, timesteps = [fold(noise) for noise in golden["train.noise"]], golden["train.timesteps"].flatten().tolist()
     steps = []
-    weights = host.one_shot_tune(
+    weights = one_shot_tune(
         model,
         {"samples": model.model.process_latent_out(fold(golden["train.latents"]))},
         [[golden["train.context"], {}]],
@@ -166,8 +167,8 @@ def training(model, golden, names, checkpointing):
 def roundtrip(model, weights):
     """How far tuned weights are from themselves after export and import."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        host.write_published(model, weights, Path(folder))
-        back, _ = host.read_published(model, Path(folder))
+        library.write_published(model, weights, Path(folder))
+        back, _ = library.read_published(model, Path(folder))
     return max(distance(flat(getattr(back, part)), flat(getattr(weights, part))) for part in ("queries", "temporal"))
 
 

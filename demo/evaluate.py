@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..tav_core import ddim, host, inflation
+from ..tav_core import ddim, editing, host, inflation
+from ..tav_core.apply import apply_weights
+from ..tav_core.one_shot import one_shot_tune
 from ..tav_core.tuning import Recipe
 from . import classifier, measure, model, sheet, world
 from .world import Clip, Scene
@@ -95,15 +97,15 @@ class Subject:
 
     def tune(self) -> host.ModelPatcher:
         video, caption = self.video(), self.studio.encode(self.clip.caption)
-        weights = host.one_shot_tune(video, self.latent, caption, RECIPE, "fp32", False, on_step=quiet)
-        return host.apply_weights(video, weights)
+        weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", False, on_step=quiet)
+        return apply_weights(video, weights)
 
     def invert(self, video: host.ModelPatcher) -> dict[str, Any]:
-        return host.invert(video, self.latent, self.studio.encode(""), STEPS, quiet)[0]
+        return editing.invert(video, self.latent, self.studio.encode(""), STEPS, quiet)[0]
 
     def edit_from(self, video: host.ModelPatcher, start: dict[str, Any]) -> Edit:
         studio, empty = self.studio, self.studio.encode("")
-        return lambda prompt: host.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
+        return lambda prompt: editing.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
 
 
 def quiet(*_args: Any) -> None:

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..tav_core import ddim, host
+from ..tav_core import ddim, editing
 from .schema import CATEGORY
 
 
@@ -41,4 +41,4 @@ class DDIMInvert(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, prompt, steps) -> io.NodeOutput:
-        return io.NodeOutput(*host.invert(model, latents, prompt, steps))
+        return io.NodeOutput(*editing.invert(model, latents, prompt, steps))

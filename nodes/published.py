@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..tav_core import host
+from ..tav_core import library
 from .schema import CATEGORY, Weights
 
 
@@ -16,7 +16,7 @@ class LoadPublished(io.ComfyNode):
                 io.Model.Input("model", tooltip="The checkpoint that it was tuned on, or one of the same family."),
                 io.Combo.Input(
                     "published",
-                    options=host.published_list(),
+                    options=library.published_list(),
                     tooltip=(
                         "A diffusers folder, or its single .safetensors, .bin or .pt file, in models/tune_a_video; R "
                         "refreshes the list."
@@ -37,15 +37,15 @@ class LoadPublished(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, published=None) -> bool | str:
-        return host.problem_with(published)
+        return library.problem_with(published)
 
     @classmethod
     def fingerprint_inputs(cls, model, published) -> str:
-        return host.stamp(published)
+        return library.stamp(published)
 
     @classmethod
     def execute(cls, model, published) -> io.NodeOutput:
-        return io.NodeOutput(*host.import_published(model, published))
+        return io.NodeOutput(*library.import_published(model, published))
 
 
 class ExportPublished(io.ComfyNode):
@@ -80,4 +80,4 @@ class ExportPublished(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weights, folder_prefix) -> io.NodeOutput:
-        return io.NodeOutput(host.export_published(model, weights, folder_prefix))
+        return io.NodeOutput(library.export_published(model, weights, folder_prefix))

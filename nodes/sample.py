@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..tav_core import ddim, host
+from ..tav_core import ddim, editing
 from .schema import CATEGORY
 
 
@@ -41,4 +41,4 @@ class SampleVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, negative, steps, cfg) -> io.NodeOutput:
-        return io.NodeOutput(host.sample_video(model, latents, positive, negative, steps, cfg))
+        return io.NodeOutput(editing.sample_video(model, latents, positive, negative, steps, cfg))

@@ -6,8 +6,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..tav_core import graph, host
+from ..tav_core.apply import apply_weights
 from ..tav_core.clip import to_image
 from ..tav_core.memory import MEMORY
+from ..tav_core.one_shot import Saving, Validation, one_shot_tune, runs_folder
 from ..tav_core.plot import beside, loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
@@ -186,7 +188,7 @@ class OneShotTune(io.ComfyNode):
 
         validation = None
         if validation_prompt is not None:
-            validation = host.Validation(validation_prompt, validation_negative, validation_every, on_edit)
+            validation = Validation(validation_prompt, validation_negative, validation_every, on_edit)
         told: list[str] = []
 
         def tell(text):
@@ -194,7 +196,7 @@ class OneShotTune(io.ComfyNode):
             log.info("Tune-A-Video: %s", text)
             host.progress_text(cls.hidden and cls.hidden.unique_id, "\n".join(told))
 
-        weights = host.one_shot_tune(
+        weights = one_shot_tune(
             model,
             latents,
             caption,
@@ -202,7 +204,7 @@ class OneShotTune(io.ComfyNode):
             precision,
             gradient_checkpointing,
             on_step,
-            saving=host.Saving(host.runs_folder(), save_every, reuse == "restart"),
+            saving=Saving(runs_folder(), save_every, reuse == "restart"),
             memory="low" if gradient_checkpointing else memory,
             validation=validation,
             tell=tell,
@@ -212,4 +214,4 @@ class OneShotTune(io.ComfyNode):
             weights = replace(weights, caption=graph.caption_of(prompt, node), stride=graph.stride_of(prompt, node))
         plot = to_image(loss_curve(weights.losses, steps))
         text = "\n".join(told) or f"trained {steps} steps"
-        return io.NodeOutput(host.apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))
+        return io.NodeOutput(apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))

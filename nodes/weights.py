@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
-from ..tav_core import host
+from ..tav_core import library
+from ..tav_core.apply import apply_weights, check_base
 from ..tav_core.weights import PRECISIONS
 from .schema import CATEGORY, Weights
 
@@ -39,7 +40,7 @@ class SaveWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights, filename_prefix, precision) -> io.NodeOutput:
-        return io.NodeOutput(host.save_weights(weights, filename_prefix, precision))
+        return io.NodeOutput(library.save_weights(weights, filename_prefix, precision))
 
 
 class LoadWeights(io.ComfyNode):
@@ -53,7 +54,7 @@ class LoadWeights(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.weights_list(),
+                    options=library.weights_list(),
                     tooltip="A file in models/tune_a_video; R refreshes the list. Its metadata says how it was tuned.",
                 )
             ],
@@ -62,15 +63,15 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return host.problem_with(file)
+        return library.problem_with(file)
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str:
-        return host.stamp(file)
+        return library.stamp(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(host.load_weights(file))
+        return io.NodeOutput(library.load_weights(file))
 
 
 class ApplyWeights(io.ComfyNode):
@@ -111,5 +112,5 @@ class ApplyWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weights, motion, content) -> io.NodeOutput:
-        host.check_base(model, weights)
-        return io.NodeOutput(host.apply_weights(model, weights, motion, content))
+        check_base(model, weights)
+        return io.NodeOutput(apply_weights(model, weights, motion, content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from torch import Tensor
 MAX_HEADER = 16 << 20  # bytes; a full-size UNet's is 0.1 MB
 MAX_COMPONENT = 200  # bytes of a name between two slashes; file systems take 255, and a counter and an ending are added
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
+UNFINISHED = ".tmp"  # how temporary files end
 RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
@@ -75,11 +77,11 @@ def numbered(folder: Path, prefix: str, ending: str = "") -> Path:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file at a temporary path beside `path`, then put it in place: all of it or nothing.
 
-    Raises ValueError when the disk does not take it.
+    Raises OSError when the disk does not take it; what was at `path` is then as it was.
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=UNFINISHED, dir=path.parent)
         os.close(handle)
         write(Path(temporary))
         with open(temporary, "rb+") as file:
@@ -88,18 +90,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except (OSError, _safetensors_error()) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(
-            f"{path.name} could not be written: {why}. Free some space or choose another folder."
-        ) from None
+        raise OSError(f"{path.name} could not be written: {why}. Free some space or choose another folder.") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
-    _sync_folder(path.parent)
+    _flush_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last, where the system can (Windows cannot open folders)."""
-    if os.name == "posix":
+def _flush_folder(folder: Path) -> None:
+    """Make a new name last through a power cut, where folders can be flushed (not on Windows)."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

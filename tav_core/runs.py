@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from . import files
 from .digest import digest
 
 KEEP_RUNS = 20
@@ -30,7 +30,6 @@ KEEP_GIB = 20.0
 FORMAT = "tune_a_video run 1"
 SUFFIX = ".safetensors"
 CORRUPT = ".corrupt"
-UNFINISHED = ".tmp"
 UNFINISHED_SECONDS = 3600  # no save takes this long: what is older was left by a process that was killed
 
 log = logging.getLogger(__name__)
@@ -80,21 +79,8 @@ class Run:
         Raises OSError when it cannot be written; the older file is then as it was.
         """
         metadata = {"format": FORMAT, "step": str(step), "digest": digest([self.key, step, state])}
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}{UNFINISHED}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            try:
-                save_file(dict(state), unfinished, metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise
-        _flush_folder(self.folder)
+        files.write_safetensors(self.path, state, metadata)
         _tidy(self.folder, self.path)
 
 
@@ -133,25 +119,15 @@ def _distrust(path: Path, error: Exception) -> None:
             os.replace(path, path.with_name(path.name + CORRUPT))
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where folders can be flushed (not on Windows)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _tidy(folder: Path, keep: Path) -> None:
     """Remove what killed processes left half-written, then the states used longest ago, until the limits hold."""
     runs, size = _limit("TAV_KEEP_RUNS", KEEP_RUNS), _limit("TAV_KEEP_GIB", KEEP_GIB) * 2**30
     with contextlib.suppress(OSError):  # another process may tidy too
-        for path in folder.glob(f"*{UNFINISHED}"):
+        for path in folder.glob(f"*{files.UNFINISHED}"):
             if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
                 path.unlink()
-        files = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")]
-        by_age = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in files if path != keep)
+        states = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")]
+        by_age = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in states if path != keep)
         count, total = len(by_age) + 1, sum(entry[1] for entry in by_age) + keep.stat().st_size
         for _time, length, path in by_age:
             if count <= runs and total <= size:

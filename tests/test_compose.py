@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import TINY
-from tune_a_video.tav_core import host, published
+from tune_a_video.tav_core import editing, host, published
+from tune_a_video.tav_core.apply import apply_weights
+from tune_a_video.tav_core.one_shot import one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
 
 BLOCK = "input_blocks_1_1_transformer_blocks_0"
@@ -19,8 +21,8 @@ def tuned(inflated, clip, prompts):
     """The weights of a short, strong tune, and the tuned model."""
     with torch.inference_mode():
         recipe = Recipe(steps=3, learning_rate=1e-2)
-        weights = host.one_shot_tune(inflated, clip, prompts[1], recipe, "fp32", True, lambda _step: None)
-        return weights, host.apply_weights(inflated, weights)
+        weights = one_shot_tune(inflated, clip, prompts[1], recipe, "fp32", True, lambda _step: None)
+        return weights, apply_weights(inflated, weights)
 
 
 def lora_for(layer, width=32, rank=2):
@@ -40,7 +42,7 @@ def test_lora_on_a_tuned_query_adds_up(inflated, tuned, unchanged, order):
             both, _ = comfy.sd.load_lora_for_models(tuned_model, None, lora, 0.5, 0)
         else:
             styled, _ = comfy.sd.load_lora_for_models(inflated, None, lora, 0.5, 0)
-            both = host.apply_weights(styled, weights)
+            both = apply_weights(styled, weights)
         host.load(both)
         loaded = both.model.diffusion_model.state_dict()[key]
         torch.testing.assert_close(loaded, base + 0.5 * change + weights.queries[key])
@@ -75,14 +77,14 @@ def test_controlnet_steers_the_video(core, tuned, clip, prompts):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
         hints = torch.rand(5, 64, 64, 3, generator=torch.Generator().manual_seed(2))
-        inverted, _, _ = host.invert(model, clip, prompts[0], 3)
+        inverted, _, _ = editing.invert(model, clip, prompts[0], 3)
 
         def sample(image):
             positive, negative = prompts[1], prompts[0]
             if image is not None:
                 node = core["ControlNetApplyAdvanced"]()
                 positive, negative = node.apply_controlnet(positive, negative, control, image, 1.0, 0.0, 1.0)
-            return host.sample_video(model, inverted, positive, negative, 3, 3.0)["samples"]
+            return editing.sample_video(model, inverted, positive, negative, 3, 3.0)["samples"]
 
         plain, steered, backwards = sample(None), sample(hints), sample(hints.flip(0))
     assert torch.isfinite(steered).all()

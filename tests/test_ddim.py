@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from tune_a_video.tav_core import ddim, host
+from tune_a_video.tav_core import ddim, editing, host
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -44,7 +44,7 @@ def test_both_directions_equal_diffusers(make_model, clip, prompts, prediction_t
             clean = forward.step(network(model, x, timestep, empty[0][0]), timestep, x).pred_original_sample
             epsilon = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
             x = inverse.step(epsilon, timestep, x).prev_sample
-        inverted, _, _ = host.invert(model, clip, empty, steps)
+        inverted, _, _ = editing.invert(model, clip, empty, steps)
         sigma = ddim.ddim_sigmas(host.model_sigmas(model), steps)[-1]
         # The host's latents are in sigma space, diffusers' at the variance of the training data.
         torch.testing.assert_close(into(inverted["samples"]) / (1 + sigma**2).sqrt(), x, rtol=1e-4, atol=1e-4)
@@ -52,7 +52,7 @@ def test_both_directions_equal_diffusers(make_model, clip, prompts, prediction_t
         for timestep in forward.timesteps:
             uncond, cond = (network(model, x, timestep, p[0][0]) for p in (empty, edit))
             x = forward.step(uncond + cfg * (cond - uncond), timestep, x).prev_sample
-        video = host.sample_video(model, inverted, edit, empty, steps, cfg)
+        video = editing.sample_video(model, inverted, edit, empty, steps, cfg)
         torch.testing.assert_close(video["samples"], out_of(x), rtol=1e-3, atol=1e-3)
 
 
@@ -81,8 +81,8 @@ def test_more_steps_reconstruct_closer(inflated, clip, prompts):
     errors = []
     for steps in (5, 20, 80):
         with torch.inference_mode():
-            inverted, _, _ = host.invert(inflated, clip, prompts[0], steps)
-            back = host.sample_video(inflated, inverted, prompts[0], prompts[0], steps, 1.0)
+            inverted, _, _ = editing.invert(inflated, clip, prompts[0], steps)
+            back = editing.sample_video(inflated, inverted, prompts[0], prompts[0], steps, 1.0)
         errors.append(float((back["samples"] - clip["samples"]).norm() / clip["samples"].norm()))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
 
@@ -91,8 +91,8 @@ def test_core_samplers_start_from_the_inverted_clip(inflated, clip, prompts, cor
     """NOISE and SIGMAS through SamplerCustomAdvanced, the LATENT through KSampler (Advanced)."""
     steps, (empty, edit) = 10, prompts
     with torch.inference_mode():
-        inverted, noise, sigmas = host.invert(inflated, clip, empty, steps)
-        ours = host.sample_video(inflated, inverted, edit, empty, steps, 3.0)["samples"]
+        inverted, noise, sigmas = editing.invert(inflated, clip, empty, steps)
+        ours = editing.sample_video(inflated, inverted, edit, empty, steps, 3.0)["samples"]
         assert sigmas[-1] == 0 and len(sigmas) == steps + 1
 
         (guider,) = core["CFGGuider"].execute(inflated, edit, empty, 3.0).args
@@ -113,13 +113,13 @@ def test_noise_at_the_very_top_of_the_schedule(inflated, clip):
     """There the host scales noise by sqrt(1 + sigma²) instead of sigma."""
     sampling = inflated.get_model_object("model_sampling")
     for sigma in (sampling.sigma_max, sampling.sigmas[-20]):
-        noise = host.InvertedNoise(inflated, clip["samples"], float(sigma)).generate_noise(clip)
+        noise = editing.InvertedNoise(inflated, clip["samples"], float(sigma)).generate_noise(clip)
         image = inflated.model.process_latent_in(clip["samples"])
         start = sampling.noise_scaling(sigma, noise, image, bool(sigma == sampling.sigma_max))
         torch.testing.assert_close(start, image)
 
 
 def test_noise_refuses_another_number_of_frames(inflated, clip):
-    noise = host.InvertedNoise(inflated, clip["samples"], 10.0)
+    noise = editing.InvertedNoise(inflated, clip["samples"], 10.0)
     with pytest.raises(ValueError, match="both need the same frames and size"):
         noise.generate_noise({"samples": clip["samples"][:3]})

@@ -8,7 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from small import TINY
 from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, PrepareClip, SampleVideo
-from tune_a_video.tav_core import host, published
+from tune_a_video.tav_core import host, one_shot, published
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def no_work(monkeypatch):
     def work(*_args, **_kwargs):
         raise AssertionError("work began before the input was checked")
 
-    monkeypatch.setattr(host, "TrainingUNet", work)
+    monkeypatch.setattr(one_shot, "TrainingUNet", work)
     monkeypatch.setattr(host, "run_sampler", work)
 
 

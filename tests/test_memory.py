@@ -8,7 +8,9 @@ import pytest
 import torch
 from small import SD15
 from torch.profiler import ProfilerActivity, profile
-from tune_a_video.tav_core import host, memory, published
+from tune_a_video.tav_core import editing, host, memory, one_shot, published
+from tune_a_video.tav_core.network import TrainingUNet, estimate_step
+from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
 
 GIB = 2**30
@@ -24,7 +26,7 @@ def measured_peak(model, shape, caption, precision, checkpointing):
     gc.collect()  # what earlier tests left would be counted as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         latents = {"samples": torch.randn(shape)}
-        host.one_shot_tune(model, latents, caption, Recipe(2), precision, checkpointing, lambda _step: None)
+        one_shot_tune(model, latents, caption, Recipe(2), precision, checkpointing, lambda _step: None)
     now = peak = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -46,7 +48,7 @@ def measured_peak(model, shape, caption, precision, checkpointing):
 )
 def test_the_estimate_is_what_a_tune_takes(make_model, prompts, config, shape, precision, checkpointing):
     model = host.inflate(make_model(**config), "video")
-    estimate = host.estimate_step(model, torch.Size(shape), 7, precision, checkpointing)
+    estimate = estimate_step(model, torch.Size(shape), 7, precision, checkpointing)
     peak = measured_peak(model, shape, prompts[0], precision, checkpointing)
     assert estimate.total == pytest.approx(peak, rel=0.15)
 
@@ -64,7 +66,7 @@ def full_size():
 def test_stable_diffusion_1_on_an_8_gib_card(full_size, monkeypatch):
     """By the estimate only: 24 frames of 512x512 in low, as on a GPU."""
     monkeypatch.setattr(full_size, "load_device", torch.device("cuda"))
-    low, fast = (host.estimate_step(full_size, torch.Size((24, 4, 64, 64)), 77, "bf16", on) for on in (True, False))
+    low, fast = (estimate_step(full_size, torch.Size((24, 4, 64, 64)), 77, "bf16", on) for on in (True, False))
     assert low.total * memory.HEADROOM < 8 * GIB
     assert 20 * GIB < fast.total < 40 * GIB
     assert round(low.states / GIB, 2) == round(2 * 4 * 74.35e6 / GIB, 2)
@@ -99,7 +101,7 @@ def test_the_advice_is_true(inflated):
     """What the error advises does fit."""
 
     def estimate(frames, side):
-        return lambda on: host.estimate_step(inflated, torch.Size((frames, 4, side, side)), 7, "fp32", on)
+        return lambda on: estimate_step(inflated, torch.Size((frames, 4, side, side)), 7, "fp32", on)
 
     free = int(0.6 * estimate(16, 32)(True).total)
     with pytest.raises(MemoryError) as error:
@@ -114,7 +116,7 @@ def test_the_host_is_asked_before_step_1(inflated, clip, prompts, monkeypatch, u
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_args: 10_000)
     seen = []
     with unchanged(inflated), torch.inference_mode(), pytest.raises(MemoryError, match="5 frames of 64x64"):
-        host.one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", False, seen.append, memory="auto")
+        one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", False, seen.append, memory="auto")
     assert not seen
 
 
@@ -123,7 +125,7 @@ def out_of_memory(monkeypatch):
     """Make the network run out of memory at chosen calls without checkpointing, and with it."""
 
     def at(fast, low=()):
-        class Scarce(host.TrainingUNet):
+        class Scarce(TrainingUNet):
             def __init__(self, model, frames, precision, gradient_checkpointing, blank=False):
                 super().__init__(model, frames, precision, gradient_checkpointing, blank)
                 self.failing, self.calls = low if gradient_checkpointing else fast, 0
@@ -134,14 +136,14 @@ def out_of_memory(monkeypatch):
                     raise torch.cuda.OutOfMemoryError("injected")
                 return super().__call__(*args)
 
-        monkeypatch.setattr(host, "TrainingUNet", Scarce)
+        monkeypatch.setattr(one_shot, "TrainingUNet", Scarce)
 
     return at
 
 
 def tune(model, clip, prompts, told, saving=None, memory=None):
     with torch.inference_mode():
-        return host.one_shot_tune(
+        return one_shot_tune(
             model,
             clip,
             prompts[1],
@@ -161,7 +163,7 @@ def test_out_of_memory_is_tried_again_in_low(inflated, clip, prompts, tmp_path, 
     told = []
     out_of_memory(fast=[3])
     with unchanged(inflated):
-        weights = tune(inflated, clip, prompts, told, host.Saving(tmp_path) if saved else None)
+        weights = tune(inflated, clip, prompts, told, Saving(tmp_path) if saved else None)
     start = "from step 2" if saved else "from the start"
     assert told == [f"out of memory; tried again with gradient checkpointing, {start}"]
     assert weights.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -175,14 +177,14 @@ def test_out_of_memory_in_low_is_an_error_and_all_stays_usable(inflated, clip, p
         out_of_memory(fast=[])
         assert len(tune(inflated, clip, prompts, []).losses) == 4
         with torch.inference_mode():
-            host.invert(inflated, clip, prompts[0], 2)
+            editing.invert(inflated, clip, prompts[0], 2)
 
 
 def test_a_reused_run_needs_no_memory(inflated, clip, prompts, tmp_path, monkeypatch):
-    tune(inflated, clip, prompts, [], host.Saving(tmp_path))
+    tune(inflated, clip, prompts, [], Saving(tmp_path))
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_args: 10_000)
     told = []
-    tune(inflated, clip, prompts, told, host.Saving(tmp_path), "auto")
+    tune(inflated, clip, prompts, told, Saving(tmp_path), "auto")
     assert told == ["reused: all 4 steps were saved"]
 
 
@@ -190,6 +192,6 @@ def test_an_estimate_that_fails_does_not_stop_a_tune(inflated, clip, prompts, mo
     def fail(*_args):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(host, "estimate_step", fail)
+    monkeypatch.setattr(one_shot, "estimate_step", fail)
     assert len(tune(inflated, clip, prompts, [], memory="auto").losses) == 4
     assert "memory could not be estimated (no such operator)" in caplog.text

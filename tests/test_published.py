@@ -17,7 +17,8 @@ from reference import VideoUNet
 from safetensors.torch import load_file, save_file
 from small import SD15, TINY, meta_unet
 from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadPublished, OneShotTune
-from tune_a_video.tav_core import host, published
+from tune_a_video.tav_core import editing, host, library, published
+from tune_a_video.tav_core.apply import apply_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPES = {
@@ -74,7 +75,7 @@ def test_out_and_in_again_is_exact(make_model, shape, clip, prompts, folder):
     assert (back.group_norm, back.frames) == ("video", None)
     applied = [ApplyWeights.execute(model, weights, 1.0, 1.0).result[0] for weights in (learned, back)]
     with torch.inference_mode():
-        latents = [host.invert(tuned, clip, prompts[0], 3)[0]["samples"] for tuned in applied]
+        latents = [editing.invert(tuned, clip, prompts[0], 3)[0]["samples"] for tuned in applied]
     assert torch.equal(*latents)
 
 
@@ -99,7 +100,7 @@ def test_a_second_implementation_reads_the_export_and_computes_the_same(make_mod
     latents = torch.randn(1, 4, 3, 8, 8, generator=generator)
     context = torch.randn(1, 7, 16, generator=generator)
     expected = reference(latents, torch.tensor([400]), context)[0].transpose(0, 1)
-    applied = host.apply_weights(model, learned)
+    applied = apply_weights(model, learned)
     with torch.inference_mode():
         host.load(applied)
         out = applied.model.diffusion_model(
@@ -155,7 +156,7 @@ def test_export_over_a_lora_or_another_base(model, make_model, make_weights, fol
 def test_export_of_a_tuned_model_would_add_its_queries_twice(model, make_weights, folder):
     learned = make_weights(model)
     with pytest.raises(ValueError, match="has other tuned weights already: connect the MODEL from before"):
-        ExportPublished.execute(host.apply_weights(model, learned), learned, "mine")
+        ExportPublished.execute(apply_weights(model, learned), learned, "mine")
     assert not any(folder.rglob("*.safetensors"))
 
 
@@ -199,7 +200,7 @@ def test_forms(model, exported, folder):
     (folder / "sub").mkdir()
     for name, save in singles.items():
         save(folder / name)
-    assert host.published_list() == sorted([*names, *singles, "mine_00001"])
+    assert library.published_list() == sorted([*names, *singles, "mine_00001"])
     for name in [*names, *singles]:
         learned, report = load(model, name)
         assert equal(learned.queries, expected.queries) and equal(learned.temporal, expected.temporal), name

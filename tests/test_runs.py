@@ -11,7 +11,9 @@ import pytest
 import torch
 from pack import PROJECT
 from tune_a_video.nodes import OneShotTune
-from tune_a_video.tav_core import host, runs
+from tune_a_video.tav_core import host, one_shot, runs
+from tune_a_video.tav_core.apply import apply_weights
+from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
 
 
@@ -26,9 +28,9 @@ def tune(inflated, clip, prompts, folder):
 
     def run(steps=6, every=2, restart=False, on_step=lambda _step: None, model=inflated, latents=clip, **recipe):
         run.told.clear()
-        saving = host.Saving(folder, every, restart)
+        saving = Saving(folder, every, restart)
         with torch.inference_mode():
-            return host.one_shot_tune(
+            return one_shot_tune(
                 model,
                 latents,
                 prompts[1],
@@ -48,9 +50,7 @@ def tune(inflated, clip, prompts, folder):
 def undisturbed(inflated, clip, prompts):
     def run(steps, **recipe):
         with torch.inference_mode():
-            return host.one_shot_tune(
-                inflated, clip, prompts[1], Recipe(steps, **recipe), "fp32", True, lambda _step: None
-            )
+            return one_shot_tune(inflated, clip, prompts[1], Recipe(steps, **recipe), "fp32", True, lambda _step: None)
 
     return run
 
@@ -60,7 +60,7 @@ def no_training(monkeypatch):
     def work(*_args, **_kwargs):
         raise AssertionError("training began")
 
-    return lambda: monkeypatch.setattr(host, "TrainingUNet", work)
+    return lambda: monkeypatch.setattr(one_shot, "TrainingUNet", work)
 
 
 def cancel_at(number):
@@ -154,7 +154,7 @@ def test_another_tune_is_not_taken_for_this_one(tune, make_model, clip, inflated
     styled = inflated.clone()
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight"
     styled.add_patches({key: ("diff", (torch.ones_like(inflated.model.state_dict()[key]),))}, 0.3)
-    retuned = host.apply_weights(inflated, tune(1))
+    retuned = apply_weights(inflated, tune(1))
     others = [
         {"seed": 34},
         {"learning_rate": 1e-5},
@@ -292,7 +292,7 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
 
 
 def test_the_node_says_what_it_did(inflated, clip, prompts, folder, monkeypatch):
-    monkeypatch.setattr(host, "runs_folder", lambda: folder)
+    monkeypatch.setattr(host, "user_folder", lambda: folder)
     values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip, "model": inflated}
     with torch.inference_mode():

@@ -25,7 +25,7 @@ from tune_a_video.nodes import (
     SampleVideo,
     SaveWeights,
 )
-from tune_a_video.tav_core import files, host, weights
+from tune_a_video.tav_core import files, host, library, weights
 
 BAD_NAMES = [
     # absolute, on any system
@@ -116,8 +116,8 @@ def test_there_are_enough_bad_names():
 
 @pytest.mark.parametrize("name", [name for name in BAD_NAMES if isinstance(name, str) and name not in WRITES_UNDER])
 def test_lists_name_nothing_that_is_refused(trap, name):
-    assert name not in host.weights_list()
-    assert name not in host.published_list()
+    assert name not in library.weights_list()
+    assert name not in library.published_list()
 
 
 def test_a_link_in_the_way_is_never_written_through(trap, model, make_weights):
@@ -141,7 +141,7 @@ def test_plain_names(folder, model, make_weights, name):
     (saved,) = SaveWeights.execute(learned, name, "fp32").result
     (published,) = ExportPublished.execute(model, learned, name).result
     assert saved == name.replace("\\", "/") + "_00001.safetensors"
-    assert saved in {listed.replace("\\", "/") for listed in host.weights_list()}
+    assert saved in {listed.replace("\\", "/") for listed in library.weights_list()}
     LoadWeights.execute(saved)
     LoadWeights.execute(saved.replace("/", "\\"))
     LoadPublished.execute(model, published)

@@ -4,15 +4,18 @@ import comfy.model_management
 import pytest
 import torch
 from small import SD15, meta_unet
-from tune_a_video.tav_core import host, published, tuning
+from tune_a_video.tav_core import editing, host, published, tuning
+from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.inflation import TemporalLayers
+from tune_a_video.tav_core.network import TrainingUNet
+from tune_a_video.tav_core.one_shot import one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe, Step
 
 
 def tuned(model, clip, prompts, steps=3, precision="fp32", checkpointing=True, on_step=lambda _step: None, **recipe):
     """Tune inside inference mode, as nodes run."""
     with torch.inference_mode():
-        return host.one_shot_tune(model, clip, prompts[1], Recipe(steps, **recipe), precision, checkpointing, on_step)
+        return one_shot_tune(model, clip, prompts[1], Recipe(steps, **recipe), precision, checkpointing, on_step)
 
 
 def equal(a, b):
@@ -73,7 +76,7 @@ def test_gradients_by_finite_differences(make_model, prediction_type, linear):
     layers = TemporalLayers(host.parts_of(host.unet_of(model)))
     generator = torch.Generator().manual_seed(4)
     layers.assign({name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in layers.named().items()})
-    network = host.TrainingUNet(host.with_inflation(model, host.Inflation(layers, "video")), 3, "fp32", True)
+    network = TrainingUNet(host.with_inflation(model, host.Inflation(layers, "video")), 3, "fp32", True)
     network.unet.double()
     network.unet.dtype = torch.float64
     network.temporal.double()
@@ -138,7 +141,7 @@ def test_lora_composes_and_strength_scales_and_all_is_restored(inflated, clip, p
     with unchanged(inflated):
         styled = inflated.clone()
         styled.add_patches({key: ("diff", (lora,))}, 0.5)
-        both = host.apply_weights(styled, weights, content=2.0)
+        both = apply_weights(styled, weights, content=2.0)
         host.load(both)
         loaded = both.model.state_dict()[key]
         torch.testing.assert_close(loaded, base + 0.5 * lora + 2 * weights.queries[name])
@@ -165,11 +168,11 @@ def test_zero_strength_is_the_untuned_model(inflated, clip, prompts, core):
 
     def out(model):
         with torch.inference_mode():
-            return host.invert(model, clip, prompts[0], 3)[0]["samples"]
+            return editing.invert(model, clip, prompts[0], 3)[0]["samples"]
 
-    assert torch.equal(out(host.apply_weights(inflated, weights, 0.0, 0.0)), out(inflated))
+    assert torch.equal(out(apply_weights(inflated, weights, 0.0, 0.0)), out(inflated))
     strengths = [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
-    outs = [out(host.apply_weights(inflated, weights, *strength)) for strength in strengths]
+    outs = [out(apply_weights(inflated, weights, *strength)) for strength in strengths]
     assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
@@ -198,9 +201,9 @@ def test_interrupt_stops_sampling_within_a_step(inflated, clip, prompts, directi
 
     def run():
         if direction == "invert":
-            host.invert(inflated, clip, prompts[0], 20, press_cancel)
+            editing.invert(inflated, clip, prompts[0], 20, press_cancel)
         else:
-            host.sample_video(
+            editing.sample_video(
                 inflated, {**clip, host.KEY: {"steps": 20}}, prompts[1], prompts[0], 20, 5.0, press_cancel
             )
 

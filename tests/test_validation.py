@@ -4,7 +4,9 @@ import comfy.model_management
 import pytest
 import torch
 from tune_a_video.nodes import OneShotTune
-from tune_a_video.tav_core import host
+from tune_a_video.tav_core import editing, host
+from tune_a_video.tav_core.apply import apply_weights
+from tune_a_video.tav_core.one_shot import VALIDATION_CFG, VALIDATION_STEPS, Saving, Validation, one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
 
 
@@ -12,7 +14,7 @@ from tune_a_video.tav_core.tuning import Recipe
 def tune(inflated, clip, prompts):
     def run(validation=None, steps=4, **kwargs):
         with torch.inference_mode():
-            return host.one_shot_tune(
+            return one_shot_tune(
                 inflated,
                 clip,
                 prompts[1],
@@ -35,7 +37,7 @@ def shown():
 @pytest.fixture
 def validation(prompts, shown):
     def make(every=2, negative=None):
-        return host.Validation(prompts[0], negative, every, lambda step, frames: shown.append((step, frames)))
+        return Validation(prompts[0], negative, every, lambda step, frames: shown.append((step, frames)))
 
     return make
 
@@ -55,9 +57,9 @@ def test_previews_change_nothing(tune, validation, shown, inflated, unchanged):
 def test_a_preview_is_what_the_nodes_make_of_the_same_weights(tune, validation, shown, inflated, clip, prompts):
     weights = tune(validation(every=4, negative=prompts[1]))
     with torch.inference_mode():
-        tuned = host.apply_weights(inflated, weights)
-        latents, *_ = host.invert(tuned, clip, prompts[1], host.VALIDATION_STEPS)
-        video = host.sample_video(tuned, latents, prompts[0], prompts[1], host.VALIDATION_STEPS, host.VALIDATION_CFG)
+        tuned = apply_weights(inflated, weights)
+        latents, *_ = editing.invert(tuned, clip, prompts[1], VALIDATION_STEPS)
+        video = editing.sample_video(tuned, latents, prompts[0], prompts[1], VALIDATION_STEPS, VALIDATION_CFG)
         expected = host.pictures_of(inflated, video["samples"])
     ((step, frames),) = shown
     assert step == 4
@@ -87,7 +89,7 @@ def test_out_of_memory_in_a_preview_does_not_stop_the_tune(tune, validation, sho
 
 
 def test_cancel_in_a_preview_saves_and_resumes(tune, validation, tmp_path, monkeypatch):
-    plain, saving, told = tune(), host.Saving(tmp_path), []
+    plain, saving, told = tune(), Saving(tmp_path), []
 
     def cancelled(*_args, **_kwargs):
         raise comfy.model_management.InterruptProcessingException
@@ -101,14 +103,14 @@ def test_cancel_in_a_preview_saves_and_resumes(tune, validation, tmp_path, monke
 
 
 def test_a_prompt_of_another_model_is_refused_before_step_1(tune, shown):
-    wide = host.Validation([[torch.zeros(1, 7, 32), {}]], None, 2, lambda *_args: None)
+    wide = Validation([[torch.zeros(1, 7, 32), {}]], None, 2, lambda *_args: None)
     with pytest.raises(ValueError, match="validation_prompt is 32 wide"):
         tune(wide)
 
 
 def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, tmp_path, monkeypatch):
     pictures = []
-    monkeypatch.setattr(host, "runs_folder", lambda: tmp_path)
+    monkeypatch.setattr(host, "user_folder", lambda: tmp_path)
     monkeypatch.setattr(host, "progress", lambda _steps: lambda _done, picture=None: pictures.append(picture))
     values = {"steps": 3, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 2}

@@ -13,7 +13,8 @@ from comfy_api.latest._io import Hidden, HiddenHolder
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tune_a_video.nodes import ApplyWeights, LoadWeights, OneShotTune, SaveWeights
-from tune_a_video.tav_core import files, graph, host, weights
+from tune_a_video.tav_core import editing, files, graph, host, library, weights
+from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.tuning import Recipe
 from tune_a_video.tav_core.weights import TunedWeights, difference
 
@@ -28,8 +29,8 @@ def equal(a, b):
 def sampled(model, clip, prompts):
     """The clip inverted and sampled again, as the graph does it."""
     with torch.inference_mode():
-        inverted = host.invert(model, clip, prompts[0], 3)[0]
-        return host.sample_video(model, inverted, prompts[1], prompts[0], 3, 5.0)["samples"]
+        inverted = editing.invert(model, clip, prompts[0], 3)[0]
+        return editing.sample_video(model, inverted, prompts[1], prompts[0], 3, 5.0)["samples"]
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_strengths(model, make_weights, clip, prompts, strengths, unchanged):
     with unchanged(model):
         (applied,) = ApplyWeights.execute(model, learned, motion, content).result
         result = sampled(applied, clip, prompts)
-        torch.testing.assert_close(result, sampled(host.apply_weights(model, by_hand), clip, prompts))
+        torch.testing.assert_close(result, sampled(apply_weights(model, by_hand), clip, prompts))
         if strengths == (0.0, 0.0):
             torch.testing.assert_close(result, sampled(host.inflate(model, "video"), clip, prompts))
 
@@ -139,7 +140,7 @@ def test_another_base_is_noted_and_another_family_refused(make_model, make_weigh
 
 def test_tuned_weights_are_not_applied_over_others(model, make_weights):
     first, second = make_weights(model), make_weights(model, seed=4)
-    tuned = host.apply_weights(model, first)
+    tuned = apply_weights(model, first)
     with pytest.raises(ValueError, match="has other tuned weights already: connect the MODEL from before"):
         ApplyWeights.execute(tuned, second, 1.0, 1.0)
     # A tune of a tuned model belongs on that one.
@@ -305,7 +306,7 @@ def test_a_full_disk_leaves_nothing_behind(make_weights, model, folder, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(ValueError, match=r"w_00001.safetensors could not be written: No space left on device"):
+    with pytest.raises(OSError, match=r"w_00001.safetensors could not be written: No space left on device"):
         SaveWeights.execute(make_weights(model), "w", "fp32")
     assert list(folder.iterdir()) == []
 
@@ -317,7 +318,7 @@ def test_folders_of_extra_model_paths(tmp_path, folder, make_weights, model):
     (tmp_path / "extra.yaml").write_text(f"mine:\n  base_path: {tmp_path}/elsewhere\n  tune_a_video: tav\n")
     load_extra_path_config(str(tmp_path / "extra.yaml"))
     weights.save_file(make_weights(model), tmp_path / "elsewhere" / "tav" / "theirs.safetensors", "fp32")
-    assert host.weights_list() == ["theirs.safetensors"]
+    assert library.weights_list() == ["theirs.safetensors"]
     LoadWeights.execute("theirs.safetensors")
 
 

@@ -19,9 +19,11 @@ sys.path += [str(HERE), str(HERE.parent.parent / "benchmarks")]
 from pack import load_pack  # noqa: E402
 
 load_pack()
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from small import TINY, random_weights  # noqa: E402
-from tune_a_video.tav_core import host, published, runs  # noqa: E402
+from tune_a_video.tav_core import host, published  # noqa: E402
+from tune_a_video.tav_core.one_shot import Saving, one_shot_tune  # noqa: E402
 from tune_a_video.tav_core.tuning import Recipe  # noqa: E402
 
 STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
@@ -34,8 +36,8 @@ def tune(folder: Path, tell, on_step=lambda _step: None):
     latents = {"samples": torch.randn(4, 4, 8, 8, generator=generator) * 5}
     caption = [[torch.randn(1, 7, 16, generator=generator), {}]]
     with torch.inference_mode():
-        return host.one_shot_tune(
-            model, latents, caption, Recipe(STEPS), "fp32", True, on_step, saving=host.Saving(folder, EVERY), tell=tell
+        return one_shot_tune(
+            model, latents, caption, Recipe(STEPS), "fp32", True, on_step, saving=Saving(folder, EVERY), tell=tell
         )
 
 
@@ -76,7 +78,7 @@ def killed(pid: int, begun: Path, delay: float) -> bool:
 def main(folder: Path) -> dict:
     torch.set_num_threads(1)
     log, end = folder / "told", folder / "weights.pt"
-    save_file = runs.save_file
+    save_file = safetensors.torch.save_file
     stall = None  # the save, from 1, and the piece of it at which a process waits to be killed
     saves = 0
 
@@ -94,7 +96,7 @@ def main(folder: Path) -> dict:
                 size = len(data) // PIECES + 1
                 file.write(data[piece * size : (piece + 1) * size])
 
-    runs.save_file = slow_save
+    safetensors.torch.save_file = slow_save
 
     def work(name: str = "killed") -> None:
         weights = tune(folder / name, lambda text: note(log, text), lambda _step: (folder / "stepping").touch())

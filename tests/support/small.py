@@ -2,6 +2,7 @@
 
 import torch
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.network import PlainOps
 
 TINY = {
     "in_channels": 4,
@@ -27,7 +28,7 @@ SD15 = {
 
 def meta_unet(unet_config):
     """The host's UNet of a `UNetModel` configuration, without weights."""
-    return host.UNetModel(**unet_config, device="meta", operations=host._PlainOps)
+    return host.UNetModel(**unet_config, device="meta", operations=PlainOps)
 
 
 def random_weights(unet_config, generator):

@@ -1,0 +1,342 @@
+"""One-shot tuning of an inflated MODEL: `tuning.Training` with the memory plan, saved states and previews around it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import host, runs
+from . import memory as memories
+from .apply import apply_weights
+from .checks import check_inputs
+from .digest import digest
+from .editing import invert, sample_video
+from .network import TrainingUNet, estimate_step
+from .tuning import Draws, Recipe, Step, Training, reports_of, trains, weights_of
+from .weights import TunedWeights, difference
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Whether and how a tune's state is kept on disk.
+
+    Attributes:
+        folder: where (`runs_folder`).
+        every: steps between two saves; it is also saved at Cancel, at an error and at the end.
+        restart: begin anew, even if a saved state could be continued.
+    """
+
+    folder: Path
+    every: int = 50
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An edit to sample while a tune runs, to be looked at; it changes nothing of the tune.
+
+    Attributes:
+        positive: CONDITIONING of the edit.
+        negative: CONDITIONING of empty text, for inversion and guidance; zeros stand in for it when None.
+        every: steps between two samples.
+        show: called with the step and the frames as PIL pictures.
+    """
+
+    positive: host.Conditioning
+    negative: host.Conditioning | None
+    every: int
+    show: Callable[[int, list[Any]], None]
+
+
+VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
+VALIDATION_CFG = 12.5
+
+
+def runs_folder() -> Path:
+    """Where saved states of tunes are kept: in the host's user folder, which survives restarts."""
+    return host.user_folder() / "runs"
+
+
+def one_shot_tune(
+    model: host.ModelPatcher,
+    latent: Mapping[str, Any],
+    caption: host.Conditioning,
+    recipe: Recipe,
+    precision: str,
+    gradient_checkpointing: bool,
+    on_step: Callable[[Step], None],
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
+    *,
+    saving: Saving | None = None,
+    memory: str | None = None,
+    validation: Validation | None = None,
+    tell: Callable[[str], None] = log.info,
+) -> TunedWeights:
+    """Tune an inflated model on one clip; the model itself is unchanged.
+
+    Args:
+        latent: LATENT of the clip, at least two frames.
+        caption: CONDITIONING with one entry.
+        precision: "auto", "fp32" or "bf16".
+        on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
+            honoured after each step, too.
+        draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
+        saving: None saves nothing.
+        memory: "auto", "fast" or "low" estimates first and decides on checkpointing (`memory.plan`); None trusts
+            `gradient_checkpointing`.
+        validation: None samples nothing.
+        tell: called with what the user should know: resumed, reused, not saved, out of memory.
+    Raises:
+        MemoryError: it does not fit, by the estimate or in fact.
+        FloatingPointError: the loss is not finite.
+    """
+    prompts = {"caption": caption}
+    if validation is not None:
+        prompts["validation_prompt"] = validation.positive
+        if validation.negative is not None:
+            prompts["validation_negative"] = validation.negative
+    samples = check_inputs(model, latent, min_frames=2, **prompts)
+    if len(caption) != 1:
+        raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    device = model.load_device
+    precision = host.resolve_precision(precision, device)
+
+    # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
+    with torch.inference_mode(False), torch.enable_grad():
+        latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
+        context = caption[0][0].detach().clone().to(device, torch.float32)
+        sigmas = host.model_sigmas(model).detach().clone().cpu()
+        identity = host.fingerprint(model)
+
+        def signed(weights: TunedWeights) -> TunedWeights:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            return replace(weights, base_fingerprint=identity, date=now)
+
+        run = state = None
+        if saving is not None:
+            key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
+            run = runs.Run(saving.folder, key, recipe.steps)
+            state = None if saving.restart else run.load()
+        reports = [] if state is None else reports_of(state)
+        for report in reports:
+            on_step(report)
+        if state is not None:
+            if len(reports) == recipe.steps:
+                tell(f"reused: all {recipe.steps} steps were saved")
+                return signed(_result(model, weights_of(state), reports, recipe, latents.shape))
+            tell(f"resumed after step {len(reports)}")
+        host.unload(device)
+        if memory is not None:
+            gradient_checkpointing = _plan(model, latents.shape, context.shape[1], precision, memory)
+        every = recipe.steps if saving is None else saving.every
+        tune = _Tune(
+            model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
+        )
+        for checkpointing in (True,) if gradient_checkpointing else (False, True):
+            weights = None
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                weights = tune.attempt(checkpointing, state)
+            host.free_memory()  # here, where no traceback holds the network any more
+            if weights is not None:
+                return signed(weights)
+            state = run and run.load()
+            if not checkpointing:
+                start = f"from step {len(reports_of(state))}" if state else "from the start"
+                tell(f"out of memory; tried again with gradient checkpointing, {start}")
+        raise MemoryError(
+            "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
+            "close what else uses the device; the same graph then runs as usual."
+        )
+
+
+@dataclass
+class _Tune:
+    """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
+
+    Attributes:
+        latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
+        run: where the state is saved after every `save_every` steps; None saves nothing.
+        saved, last_save: the step whose state is on disk, and the last one that should be.
+    """
+
+    model: host.ModelPatcher
+    latent: Mapping[str, Any]
+    latents: Tensor
+    context: Tensor
+    sigmas: Tensor
+    recipe: Recipe
+    precision: str
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
+    run: runs.Run | None
+    save_every: int
+    validation: Validation | None
+    on_step: Callable[[Step], None]
+    tell: Callable[[str], None]
+    saved: int = 0
+    last_save: int = 0
+
+    def attempt(self, gradient_checkpointing: bool, state: dict[str, Tensor] | None) -> TunedWeights:
+        """Train to the end, from the start or from `state`, which is used up by this."""
+        frames = self.latents.shape[0]
+        network = TrainingUNet(self.model, frames, self.precision, gradient_checkpointing)
+        network.fix_text(self.context)
+        draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        training = Training(network.trainable, self.recipe, draws)
+        if state is not None:
+            training.restore(state)
+            state.clear()  # a gigabyte
+        self.saved = self.last_save = len(training.reports)
+        count = sum(parameter.numel() for parameter in network.trainable.values())
+        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+        text = self.context.expand(frames, -1, -1)
+
+        def after_step(step: Step) -> None:
+            self.on_step(step)
+            if step.number % self.save_every == 0:
+                self.save(training)
+            if self.validation is not None and step.number % self.validation.every == 0:
+                self.validate(training, self.validation)
+            host.stop_if_interrupted()
+
+        try:
+            training.run(
+                lambda noisy, timestep: network(noisy, timestep, text),
+                self.latents,
+                self.sigmas,
+                host.prediction_type_of(self.model),
+                after_step,
+            )
+        finally:
+            self.save(training)  # at the end, at Cancel and at an error alike
+        return self.result(training)
+
+    def save(self, training: Training) -> None:
+        """Save the state, if there is a new and whole one. A full disk is told, and does not stop the tune."""
+        step = len(training.reports)
+        if self.run is None or step == self.last_save or not training.whole:
+            return
+        self.last_save = step
+        try:
+            self.run.save(training.state(), step)
+            self.saved = step
+        except OSError as error:
+            older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
+            self.tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+
+    def validate(self, training: Training, validation: Validation) -> None:
+        """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
+        step, pictures = len(training.reports), None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
+        host.unload(self.model.load_device)
+        if pictures is None:
+            self.validation = None
+            self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
+        else:
+            validation.show(step, pictures)
+
+    def result(self, training: Training) -> TunedWeights:
+        """What was learned so far."""
+        trained = {name: parameter.detach() for name, parameter in training.trainable.items()}
+        return _result(self.model, trained, training.reports, self.recipe, self.latents.shape)
+
+
+def _sample_edit(
+    model: host.ModelPatcher, latent: Mapping[str, Any], weights: TunedWeights, validation: Validation
+) -> list[Any]:
+    """Invert the clip and sample the edit with these weights, as the nodes do; rough pictures of its frames."""
+    with torch.inference_mode():
+        tuned = apply_weights(model, weights)
+        negative = validation.negative
+        if negative is None:
+            negative = [[torch.zeros_like(validation.positive[0][0]), {}]]
+
+        def silent(*_args: Any) -> None: ...
+
+        inverted, _noise, _sigmas = invert(tuned, latent, negative, VALIDATION_STEPS, silent)
+        video = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
+        return host.pictures_of(model, video["samples"])
+
+
+def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> bool:
+    """Whether to use gradient checkpointing, from an estimate and the host's free memory. See `memory.plan`."""
+
+    def estimate(gradient_checkpointing: bool) -> memories.Estimate:
+        return estimate_step(model, shape, tokens, precision, gradient_checkpointing)
+
+    frames, _channels, height, width = shape
+    try:
+        return memories.plan(
+            mode,
+            estimate,
+            host.free_bytes(model.load_device),
+            frames,
+            host.LATENT_PIXELS * width,
+            host.LATENT_PIXELS * height,
+        )
+    except RuntimeError as error:  # fake tensors do not know every build of torch: no reason not to tune
+        log.warning("Tune-A-Video: memory could not be estimated (%s)", error)
+        return mode != "fast"
+
+
+def _run_key(
+    model: host.ModelPatcher,
+    identity: str,
+    latents: Tensor,
+    context: Tensor,
+    sigmas: Tensor,
+    recipe: Recipe,
+    precision: str,
+) -> str:
+    """What determines a tune's result beside its number of steps, as a digest.
+
+    Gradient checkpointing is left out: it computes the same in another order of work.
+    """
+    unet, inflation = host.unet_of(model), host.inflation_of(model)
+    return digest(
+        {
+            "model": identity,
+            "config": repr(sorted(model.model.model_config.unet_config.items())),
+            "heads": {name: block.n_heads for name, block in host.parts_of(unet).blocks.items()},
+            "temporal": inflation.temporal.named(),
+            "group_norm": inflation.group_norm,
+            "latents": latents,
+            "context": context,
+            "sigmas": sigmas,
+            "prediction_type": host.prediction_type_of(model),
+            "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
+            "precision": precision,
+        }
+    )
+
+
+def _result(
+    model: host.ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
+) -> TunedWeights:
+    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'."""
+    inflation = host.inflation_of(model)
+    base = host.effective_weights(model, model.load_device, trains)
+    frames, _channels, height, width = shape
+    return TunedWeights(
+        queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
+        temporal={
+            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in inflation.temporal.named().items()
+        },
+        frames=frames,
+        group_norm=inflation.group_norm,
+        losses=[report.loss for report in reports],
+        base_family=host.family_of(model),
+        size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
+        recipe=recipe,
+    )
