@@ -41,4 +41,7 @@ def load_pack() -> ModuleType:
 if __name__ == "__main__":
     load_pack()
     sys.argv = sys.argv[1:]
-    runpy.run_module(f"{NAME}.{sys.argv[0]}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"{NAME}.{sys.argv[0]}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # run.py says what is to be said
+        sys.exit(130)
