@@ -119,6 +119,8 @@ def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: st
     folder = files.numbered(weights_folder(), prefix)
     check_base(model, weights)
     write_published(model, weights, folder)
+    if not published.regular(model.model.model_config.unet_config):
+        log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
     if weights.group_norm != "video":
         log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
     return folder.relative_to(weights_folder()).as_posix()

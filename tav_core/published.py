@@ -116,19 +116,14 @@ def split(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict
 def config_of(unet_config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
     """The reference's `config.json` for a host's `UNetModel` configuration: the inverse of `unet_config`.
 
+    A UNet that the reference's class cannot be (see `regular`) gets the host's own configuration, which this pack
+    alone reads.
+
     Args:
         heads: attention heads of every transformer block, by the host's name.
         names: as in `split`.
-    Raises ValueError for what the reference's UNet cannot be.
     """
     channels = [unet_config["model_channels"] * factor for factor in unet_config["channel_mult"]]
-    layers = set(unet_config["num_res_blocks"])
-    down, up = list(unet_config["transformer_depth"]), list(unet_config["transformer_depth_output"])
-    if len(layers) > 1 or {*down, *up, unet_config.get("transformer_depth_middle", 1)} - {0, 1}:
-        raise ValueError("this MODEL's UNet has levels of different depth: the published form has no place for that.")
-    (layers,) = layers
-    depth_down = down[::layers]
-    depth_up = up[:: layers + 1][::-1]
     per_level: dict[int, int] = {}
     for published, own in _blocks(names).items():
         kind, level = published.split(".")[:2]
@@ -136,16 +131,25 @@ def config_of(unet_config: Mapping[str, Any], heads: Mapping[str, int], names: M
             per_level[len(channels) - 1 if kind == "mid_block" else int(level)] = heads[own]
     # A level without attention has no heads; any number will do there.
     levels = [per_level.get(level, min(per_level.values())) for level in range(len(channels))]
+    shared = {
+        "in_channels": unet_config["in_channels"],
+        "out_channels": unet_config["out_channels"],
+        "block_out_channels": channels,
+        "attention_head_dim": levels[0] if len(set(levels)) == 1 else levels,
+    }
+    if not regular(unet_config):
+        plain = {name: value for name, value in unet_config.items() if isinstance(value, int | str | list | None)}
+        return {"_class_name": "UNetModel", **plain, **shared}
+    layers = unet_config["num_res_blocks"][0]
+    depth_down = unet_config["transformer_depth"][::layers]
+    depth_up = unet_config["transformer_depth_output"][:: layers + 1][::-1]
     return {
         "_class_name": "UNet3DConditionModel",
         "_diffusers_version": "0.11.1",
         "sample_size": 64,
-        "in_channels": unet_config["in_channels"],
-        "out_channels": unet_config["out_channels"],
-        "block_out_channels": channels,
+        **shared,
         "layers_per_block": layers,
         "cross_attention_dim": unet_config["context_dim"],
-        "attention_head_dim": levels[0] if len(set(levels)) == 1 else levels,
         "use_linear_projection": bool(unet_config.get("use_linear_in_transformer", False)),
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
@@ -159,6 +163,19 @@ def config_of(unet_config: Mapping[str, Any], heads: Mapping[str, int], names: M
         "down_block_types": ["CrossAttnDownBlock3D" if depth else "DownBlock3D" for depth in depth_down],
         "up_block_types": ["CrossAttnUpBlock3D" if depth else "UpBlock3D" for depth in depth_up],
     }
+
+
+def regular(unet_config: Mapping[str, Any]) -> bool:
+    """Whether the reference's UNet can be this: all levels equally deep, each with attention throughout or without."""
+    layers, *others = unet_config["num_res_blocks"]
+    down, up = list(unet_config["transformer_depth"]), list(unet_config["transformer_depth_output"])
+    levels = [down[i : i + layers] for i in range(0, len(down), layers)]
+    levels += [up[i : i + layers + 1] for i in range(0, len(up), layers + 1)]
+    return (
+        all(other == layers for other in others)
+        and all(set(level) in ({0}, {1}) for level in levels)
+        and unet_config.get("transformer_depth_middle", 1) == 1
+    )
 
 
 def check_config(config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> None:
