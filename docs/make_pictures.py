@@ -23,7 +23,6 @@ FILES = {"TAVLoadWeights": "skiing_00001.safetensors", "TAVLoadPublished": "skii
 
 # The page gets these in place of the user's settings, which stay as they are.
 SETTINGS = {
-    "Comfy.InstalledVersion": "1.32.9",
     "Comfy.Locale": "en",
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
     "Comfy.TutorialCompleted": True,
@@ -69,9 +68,9 @@ def picture(page: Page, name: str) -> bytes:
 def main(address: str) -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        # The sandbox does not start for root, nor in most containers; the page is our own ComfyUI's.
+        options = ["--no-sandbox", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
         page = browser.new_page(viewport={"width": 1400, "height": 1000}, device_scale_factor=SCALE)
         page.route("**/api/settings", answer_settings)
         page.goto(address)
