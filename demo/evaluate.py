@@ -168,6 +168,7 @@ def judge_edit(studio: Studio, clip: Clip, head: str, wanted: Scene, pictures: T
         "motion": measure.motion_correlation(seen, clip.positions),
         "cells": measure.position_error(seen, clip.positions) / CELL,
         "consistency": measure.frame_consistency(studio.judge, pictures),
+        "flicker": measure.flicker(pictures, clip.positions),
     }
 
 
@@ -194,7 +195,7 @@ def run(studio: Studio, clips: list[tuple[str, ...]], methods: list[str], out: P
 
 
 def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Means of shares, medians of motion and place, as the table shows them."""
+    """Means of shares and features, medians of motion, place and flicker, as the table shows them."""
     mine = [row for row in rows if row["method"] == method]
     by_edit = {head: np.mean([row["right"] for row in mine if row["edit"] == head]) for head in HEADS}
     return {
@@ -204,19 +205,20 @@ def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
         "motion": float(np.nanmedian([row["motion"] for row in mine])),
         "cells": float(np.median([row["cells"] for row in mine])),
         "consistency": float(np.mean([row["consistency"] for row in mine])),
+        "flicker": float(np.median([row["flicker"] for row in mine])),
     }
 
 
 def table(rows: list[dict[str, Any]], methods: list[str]) -> str:
     """The comparison in Markdown."""
     heads = ["right object", "right background", "right style", "right edit", "rest kept"]
-    heads += ["motion correlation", "position error, cells", "frame consistency"]
+    heads += ["motion correlation", "position error, cells", "frame consistency", "flicker on the path"]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for method in methods:
         s = summary(rows, method)
         cells = [f"{100 * s[f'right {head}']:.0f} %" for head in HEADS]
         cells += [f"{100 * s['right']:.0f} %", f"{100 * s['kept']:.0f} %"]
-        cells += [f"{s['motion']:.3f}", f"{s['cells']:.2f}", f"{s['consistency']:.4f}"]
+        cells += [f"{s['motion']:.3f}", f"{s['cells']:.2f}", f"{s['consistency']:.3f}", f"{s['flicker']:.1f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 
 from .classifier import HEADS, Classifier
 from .world import Array, Scene
@@ -55,6 +55,18 @@ def frame_consistency(judge: Classifier, pictures: Tensor) -> float:
     """
     features = judge.features(channels_first(pictures))
     return float(torch.cosine_similarity(features[1:], features[:-1]).mean())
+
+
+def flicker(pictures: Tensor, truth: Array, half: int = 24) -> float:
+    """Mean change, in 0 … 255, from frame to frame of a square of 2 * `half` pixels that goes with the object's path.
+
+    The classifier's features tell where the object is, so that they count motion as a change; this does not, and sees
+    an object that changes its look or leaves its path.
+    """
+    padded = pad(channels_first(pictures), (half, half, half, half), mode="replicate")
+    corners = np.rint(truth).astype(int)
+    squares = torch.stack([p[:, y : y + 2 * half, x : x + 2 * half] for p, (x, y) in zip(padded, corners, strict=True)])
+    return 255 * float(squares.diff(dim=0).abs().mean())
 
 
 def change_correlation(a: Tensor, b: Tensor) -> float:
