@@ -30,7 +30,7 @@ class Server(Comfy):
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-api-nodes", "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME]
-        with open(self.base / "log.txt", "w") as log:
+        with open(self.base / "log.txt", "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, cwd=os.environ["TAV_HOST"], stdout=log, stderr=log)
         deadline = time.monotonic() + 180
         while True:
@@ -48,7 +48,7 @@ class Server(Comfy):
         self.process.wait()
 
     def log(self):
-        return (self.base / "log.txt").read_text(errors="replace")
+        return (self.base / "log.txt").read_text(encoding="utf-8", errors="replace")
 
 
 def link_folder(link, target):
