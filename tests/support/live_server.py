@@ -1,5 +1,6 @@
 """A really started ComfyUI with this pack."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -12,12 +13,22 @@ from tune_a_video.demo.api import Comfy
 PROJECT = Path(__file__).resolve().parents[2]
 NAME = "tune-a-video"
 
+spec = importlib.util.spec_from_file_location("tav_run", PROJECT / "run.py")
+run = sys.modules["tav_run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
+
 
 class Server(Comfy):
-    """Use as a context manager; `base` becomes its folder for models, input and output."""
+    """Use as a context manager; `base` becomes its folder for models, input, output and the user's files.
 
-    def __init__(self, base):
-        self.base = Path(base)
+    Args:
+        options: further arguments of ComfyUI.
+        python: what it runs on.
+        pack: where this pack is; linked into the custom_nodes of `base` unless it is there.
+    """
+
+    def __init__(self, base, *options, python=sys.executable, pack=PROJECT):
+        self.base, self.options, self.python, self.pack = Path(base), options, python, pack
         for folder in ("models/checkpoints", "custom_nodes", "input", "output"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
@@ -26,10 +37,10 @@ class Server(Comfy):
         super().__init__(f"http://127.0.0.1:{self.port}")
 
     def __enter__(self):
-        link_folder(self.base / "custom_nodes" / NAME, PROJECT)
-        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        run.link_folder(self.base / "custom_nodes" / NAME, self.pack)
+        command = [str(self.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-api-nodes", "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
-        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME, *self.options]
         with open(self.base / "log.txt", "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, cwd=os.environ["TAV_HOST"], stdout=log, stderr=log)
         deadline = time.monotonic() + 180
@@ -49,12 +60,3 @@ class Server(Comfy):
 
     def log(self):
         return (self.base / "log.txt").read_text(encoding="utf-8", errors="replace")
-
-
-def link_folder(link, target):
-    if sys.platform == "win32":
-        import _winapi
-
-        _winapi.CreateJunction(str(target), str(link))
-    else:
-        link.symlink_to(target, target_is_directory=True)
