@@ -215,3 +215,8 @@ def test_windows_can_hold_every_file(files):
     everything = {path for file in files for path in (file, *file.parents)}
     spellings = Counter(str(path).casefold() for path in everything)
     assert not [name for name, count in spellings.items() if count > 1]
+
+
+def test_a_text_file_of_unnamed_encoding_fails_these_tests(tmp_path):
+    with pytest.raises(EncodingWarning):
+        (tmp_path / "a.txt").write_text("ä")
