@@ -429,7 +429,7 @@ def test(arguments: list[str]) -> int:
     # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.
-    return run_with_host(host, [str(python), "-I", "-m", "pytest", *arguments], PROJECT)
+    return run_with_host(host, [str(python), "-I", "-Xwarn_default_encoding", "-m", "pytest", *arguments], PROJECT)
 
 
 def parity(arguments: list[str]) -> int:

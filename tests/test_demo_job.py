@@ -35,7 +35,7 @@ def test_the_quickstart_edits_what_it_should_where_it_should(server, tmp_path, m
     job.keep(videos, figures, {"edits": figures})
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"source.mp4", "edit_3.mp4", "side_by_side.mp4", "contact_sheet.png", "report.json"} <= written
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["edits"]["style"]["right"] >= 0.75
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["edits"]["style"]["right"] >= 0.75
     together = job.read((tmp_path / "out" / "side_by_side.mp4").read_bytes())
     assert together.pictures.shape[0] == 8 and together.fps == videos["source"].fps
     assert "prompt" in job.table(figures)

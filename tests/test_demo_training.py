@@ -47,15 +47,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "kept"
-    file.write_text("old")
+    file.write_text("old", encoding="utf-8")
 
     def fail(part):
-        part.write_text("half")
+        part.write_text("half", encoding="utf-8")
         raise OSError
 
     with pytest.raises(OSError):
         train.write(file, fail)
-    assert file.read_text() == "old"
+    assert file.read_text(encoding="utf-8") == "old"
 
 
 def test_sigmas_are_the_hosts():

@@ -190,7 +190,9 @@ def test_forms(model, exported, folder):
         make("pipe/unet", {WEIGHTS: lambda p: save_file(tensors, p)}).removesuffix("/unet"),
         make("flat", {WEIGHTS: lambda p: save_file(tensors, p)}),
         make("bin", {"diffusion_pytorch_model.bin": lambda p: torch.save(tensors, p)}),
-        make("sharded", {**sharded, f"{WEIGHTS}.index.json": lambda p: p.write_text(json.dumps(index))}),
+        make(
+            "sharded", {**sharded, f"{WEIGHTS}.index.json": lambda p: p.write_text(json.dumps(index), encoding="utf-8")}
+        ),
     ]
     singles = {
         "one.safetensors": lambda p: save_file(tensors, p),
@@ -262,7 +264,7 @@ def test_wrong_shapes_heads_and_values(make_model, model, exported):
     "config", ["", "[]", "{}", '{"attention_head_dim": "x"}', '{"attention_head_dim": [1], "block_out_channels": 3}']
 )
 def test_wrong_config(model, exported, config):
-    (exported / "config.json").write_text(config)
+    (exported / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(ValueError, match="config.json (is not a JSON object|does not describe)"):
         load(model)
 
@@ -290,7 +292,7 @@ def test_folders_without_a_model(model, exported):
 )
 def test_indices_of_strangers(model, exported, folder, index, message):
     (exported / WEIGHTS).rename(folder.parent / "outside.safetensors")
-    (exported / f"{WEIGHTS}.index.json").write_text(index)
+    (exported / f"{WEIGHTS}.index.json").write_text(index, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load(model)
 
@@ -339,9 +341,15 @@ def stride_bomb():
 
 
 BINS = {
-    "web page": (lambda p: p.write_text("<!DOCTYPE html>\n<title>404</title>"), "is a web page, not a model"),
+    "web page": (
+        lambda p: p.write_text("<!DOCTYPE html>\n<title>404</title>", encoding="utf-8"),
+        "is a web page, not a model",
+    ),
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
-    "lfs pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
+    "lfs pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1", encoding="utf-8"),
+        "Git LFS pointer",
+    ),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), "is truncated, or not a file of torch"),
     "a list": (lambda p: torch.save([torch.zeros(2)], p), "is not a state dict of floating-point tensors"),
     "numbers": (lambda p: torch.save({"a": 3}, p), "is not a state dict of floating-point tensors"),
@@ -403,7 +411,9 @@ def test_bits_that_flipped(model, exported, folder):
 def test_a_changed_folder_is_read_again(model, exported):
     before = LoadPublished.fingerprint_inputs(None, "mine_00001")
     assert LoadPublished.fingerprint_inputs(None, "mine_00001") == before
-    (exported / "config.json").write_text((exported / "config.json").read_text() + "\n")
+    (exported / "config.json").write_text(
+        (exported / "config.json").read_text(encoding="utf-8") + "\n", encoding="utf-8"
+    )
     assert LoadPublished.fingerprint_inputs(None, "mine_00001") != before
     assert LoadPublished.validate_inputs("mine_00001") is True
     assert "there is no 'other'" in str(LoadPublished.validate_inputs("other"))

@@ -282,7 +282,7 @@ class library:
     check = "assert 'torch' not in sys.modules"
     code = f"import fix, sys; {check}; import torchvision, torch; print(*torch.defined)"
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    found = subprocess.run([sys.executable, "-S", "-c", code], env=environ, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-S", "-c", code], env=environ, capture_output=True, encoding="utf-8")
     assert found.stdout.strip() == ("" if loads else "nms qnms"), found.stderr
     assert found.returncode == 0
 
@@ -424,7 +424,7 @@ def test_a_taken_port_is_an_error(run: ModuleType) -> None:
 def test_the_command_line_fails_in_one_line() -> None:
     command = [sys.executable, str(PROJECT / "run.py"), "test"]
     environ = {**os.environ, "COMFYUI_PATH": str(PROJECT / "no such folder")}
-    found = subprocess.run(command, env=environ, capture_output=True, text=True)
+    found = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8")
     assert found.returncode == 1
     assert found.stderr.startswith("run.py: error: COMFYUI_PATH is ")
     assert found.stderr.count("\n") == 1

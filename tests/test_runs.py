@@ -286,7 +286,7 @@ def test_a_full_disk_does_not_stop_the_tune(tune, folder, undisturbed):
 
 
 def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
-    folder.write_text("a file where the folder should be")
+    folder.write_text("a file where the folder should be", encoding="utf-8")
     assert len(tune(2).losses) == 2
     assert len(tune.told) == 1 and "could not be saved" in tune.told[0]
 

@@ -315,7 +315,9 @@ def test_folders_of_extra_model_paths(tmp_path, folder, make_weights, model):
     from utils.extra_config import load_extra_path_config
 
     (tmp_path / "elsewhere" / "tav").mkdir(parents=True)
-    (tmp_path / "extra.yaml").write_text(f"mine:\n  base_path: {tmp_path}/elsewhere\n  tune_a_video: tav\n")
+    (tmp_path / "extra.yaml").write_text(
+        f"mine:\n  base_path: {tmp_path}/elsewhere\n  tune_a_video: tav\n", encoding="utf-8"
+    )
     load_extra_path_config(str(tmp_path / "extra.yaml"))
     weights.save_file(make_weights(model), tmp_path / "elsewhere" / "tav" / "theirs.safetensors", "fp32")
     assert library.weights_list() == ["theirs.safetensors"]

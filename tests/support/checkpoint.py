@@ -2,7 +2,6 @@
 
 import math
 
-import comfy.ops
 import comfy.sd1_clip
 import torch
 from comfy.taesd.taesd import TAESD

@@ -55,11 +55,11 @@ def forked(work) -> int:
 
 def written(folder: Path, name: str) -> list[str]:
     path = folder / name
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def note(path: Path, text: str) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 

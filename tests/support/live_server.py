@@ -23,10 +23,12 @@ class Server(Comfy):
 
     Args:
         options: further arguments of ComfyUI.
+        python: what it runs on.
+        pack: where this pack is; linked into the custom_nodes of `base` unless it is there.
     """
 
-    def __init__(self, base, *options):
-        self.base, self.options = Path(base), options
+    def __init__(self, base, *options, python=sys.executable, pack=PROJECT):
+        self.base, self.options, self.python, self.pack = Path(base), options, python, pack
         for folder in ("models/checkpoints", "custom_nodes", "input", "output"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
@@ -35,11 +37,11 @@ class Server(Comfy):
         super().__init__(f"http://127.0.0.1:{self.port}")
 
     def __enter__(self):
-        run.link_folder(self.base / "custom_nodes" / NAME, PROJECT)
-        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        run.link_folder(self.base / "custom_nodes" / NAME, self.pack)
+        command = [str(self.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-api-nodes", "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME, *self.options]
-        with open(self.base / "log.txt", "w") as log:
+        with open(self.base / "log.txt", "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, cwd=os.environ["TAV_HOST"], stdout=log, stderr=log)
         deadline = time.monotonic() + 180
         while True:
@@ -57,4 +59,4 @@ class Server(Comfy):
         self.process.wait()
 
     def log(self):
-        return (self.base / "log.txt").read_text(errors="replace")
+        return (self.base / "log.txt").read_text(encoding="utf-8", errors="replace")
