@@ -43,7 +43,7 @@ def drift(symbols: Iterable[Symbol], tried: str) -> str | None:
     more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     return (
         f"ComfyUI {host_version()} does not fit this version of Tune-A-Video: {'; '.join(changes[:SHOWN])}{more}. "
-        f"Update the older of the two; this version was tried on ComfyUI {tried}."
+        f"Update Tune-A-Video, or use a ComfyUI that it was tried on: {tried}."
     )
 
 
@@ -63,7 +63,8 @@ def _changes(symbol: Symbol) -> Iterator[str]:
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever the host's own code raises
-        yield f"its {module} cannot be imported ({type(error).__name__}: {error})"
+        reason = " ".join(str(error).split())
+        yield f"its {module} cannot be imported ({type(error).__name__}: {reason})"
         return
     *classes, last = path.split(".")
     owner = reduce(lambda outer, inner: getattr(outer, inner, None), classes, found)
@@ -105,8 +106,10 @@ def _misfit(function: Callable[..., Any], call: str, *before: str) -> str | None
     return None
 
 
-def _mentions(kind: type, attribute: str) -> bool:
+def _mentions(kind: Any, attribute: str) -> bool:
     """Whether instances of a class can be taken to have an attribute: the class has it, or its code mentions it."""
+    if not isinstance(kind, type):
+        return False
     package = kind.__module__.partition(".")[0]
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] != package:

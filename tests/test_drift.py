@@ -196,10 +196,33 @@ def test_a_version_that_hides_its_number(monkeypatch):
     assert "ComfyUI of an unknown version does not fit" in (drift.drift([lost], TRIED) or "")
 
 
+def test_a_class_that_became_a_function(monkeypatch):
+    monkeypatch.setattr("comfy.samplers.KSAMPLER", lambda sampler_function: None)
+    monkeypatch.setattr("comfy.patcher_extension.WrapperExecutor", lambda: None)
+    message = drift.drift(SYMBOLS, TRIED) or ""
+    assert "its comfy.patcher_extension.WrapperExecutor has no attribute __call__ (used" in message
+    assert "KSAMPLER" not in message  # it is called as it was
+
+
+def test_a_module_that_fails_in_many_lines_is_told_in_one(tmp_path, monkeypatch):
+    (tmp_path / "many_lines.py").write_text("raise OSError('first\\nsecond')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = drift.drift([drift.Symbol("many_lines:name", "to test")], TRIED) or ""
+    assert ": its many_lines cannot be imported (OSError: first second). " in message
+
+
 def test_many_changes_stay_one_short_line():
     lost = [replace(symbol, name=f"{symbol.name}Gone") for symbol in SYMBOLS]
     message = drift.drift(lost, TRIED) or ""
     assert message.count("it has no ") == drift.SHOWN and f"; and {len(lost) - drift.SHOWN} more. Update" in message
+
+
+def test_the_versions_that_are_named_are_the_documented_ones():
+    oldest, newest = TRIED.split(" to ")
+    text = (PROJECT / "docs" / "host-compatibility.md").read_text(encoding="utf-8")
+    assert f"**ComfyUI {oldest}**" in text and f"**{newest}**" in text
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-comfyui = ">={oldest}"' in project
 
 
 def test_looking_costs_milliseconds():
