@@ -14,15 +14,16 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAME = "tune_a_video"
 
 
-def load_pack() -> ModuleType:
-    """The pack as package `tune_a_video`, on the host in the folder that TAV_HOST names (run.py sets it)."""
-    if NAME in sys.modules:
-        return sys.modules[NAME]
+def load_pack(name: str = NAME) -> ModuleType:
+    """The pack as a package of this name, on the host in the folder that TAV_HOST names (run.py sets it)."""
+    if name in sys.modules:
+        return sys.modules[name]
     host = os.environ.get("TAV_HOST")
     if not host:
         raise SystemExit("TAV_HOST does not name a ComfyUI folder: start this through run.py.")
     # ComfyUI claims top-level names such as `nodes`, which this project has as well.
-    sys.path.insert(0, host)
+    if host not in sys.path:
+        sys.path.insert(0, host)
     # First, as in the host's main.py: later its nodes.py puts comfy/ in front, whose utils.py would be found.
     import torch
     import utils  # noqa: F401
@@ -30,10 +31,10 @@ def load_pack() -> ModuleType:
 
     args.cpu = not torch.cuda.is_available()
     spec = importlib.util.spec_from_file_location(
-        NAME, PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
+        name, PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
     )
     assert spec is not None and spec.loader is not None
-    pack = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    pack = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     return pack
 

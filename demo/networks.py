@@ -6,21 +6,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.latent_formats
-import comfy.ops
-import comfy.sd1_clip
 import torch
 import torch.nn.functional as F
-from comfy.clip_model import CLIPTextModel
-from comfy.ldm.modules.attention import attention_basic
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, SpatialTransformer, UNetModel
-from comfy.taesd.taesd import TAESD, Block
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..tav_core.host_demo import (
+    TAESD,
+    CLIPTextModel,
+    LatentFormatSD15,
+    ResBlock,
+    SD1Tokenizer,
+    SpatialTransformer,
+    TAESDBlock,
+    UNetModel,
+    attention_basic,
+    disable_weight_init,
+)
 from .model import IDS, TEXT, TEXT_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, WIDTH
 
-LATENT_SCALE = comfy.latent_formats.SD15().scale_factor
+LATENT_SCALE = LatentFormatSD15().scale_factor
 TEXT_FIXED = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
 
 # --- to train -------------------------------------------------------------------------------------------------------
@@ -28,7 +33,7 @@ TEXT_FIXED = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_to
 
 def new_unet() -> UNetModel:
     """An untrained UNet whose blocks start as identities."""
-    unet = UNetModel(**UNET, operations=comfy.ops.disable_weight_init)
+    unet = UNetModel(**UNET, operations=disable_weight_init)
     _default_weights(unet)
     for module in unet.modules():
         if isinstance(module, ResBlock):
@@ -44,15 +49,15 @@ def new_vae() -> TAESD:
     vae = TAESD()
     _default_weights(vae)
     for module in vae.modules():
-        if isinstance(module, Block):
+        if isinstance(module, TAESDBlock):
             _zero(module.conv[-1])
     return vae
 
 
 def new_text_encoder(vocabulary: int) -> CLIPTextModel:
     """An untrained text encoder for tokens 0 … vocabulary - 1."""
-    text = CLIPTextModel({**TEXT, **TEXT_FIXED}, torch.float32, "cpu", comfy.ops.disable_weight_init)
-    text.set_input_embeddings(comfy.ops.disable_weight_init.Embedding(vocabulary, WIDTH))
+    text = CLIPTextModel({**TEXT, **TEXT_FIXED}, torch.float32, "cpu", disable_weight_init)
+    text.set_input_embeddings(disable_weight_init.Embedding(vocabulary, WIDTH))
     _default_weights(text)
     for module in text.modules():
         if isinstance(module, nn.Embedding):
@@ -106,7 +111,7 @@ class Vocabulary:
     """The tokens of the world's captions as row numbers of a small embedding; all others share the last row."""
 
     def __init__(self, captions: Iterable[str]):
-        self.tokenizer = comfy.sd1_clip.SD1Tokenizer()
+        self.tokenizer = SD1Tokenizer()
         self.ids = torch.tensor(sorted({token for caption in captions for token in self._tokens(caption)}))
 
     def __len__(self) -> int:

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import comfy.sample
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..tav_core.host_demo import prepare_noise, sample
 from . import classifier, world
 from . import model as demo_model
 
@@ -80,9 +80,9 @@ def generate(model, clip, vae, prompts: list[str], batch: int = 25) -> Tensor:
         part = prompts[start : start + batch]
         texts = torch.cat([clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in part])
         latents = torch.zeros(len(part), 4, world.SIDE // 8, world.SIDE // 8)
-        noise = comfy.sample.prepare_noise(latents, SEED + start)
+        noise = prepare_noise(latents, SEED + start)
         conditioning = [[texts, {}]], [[empty.expand_as(texts), {}]]
-        samples = comfy.sample.sample(
+        samples = sample(
             model,
             noise,
             STEPS,

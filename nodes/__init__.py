@@ -1,15 +1,19 @@
 """The nodes: each a schema and a few lines that call `tav_core`."""
 
+from comfy_api.latest import io
+
+from ..tav_core import host
 from .clip import PrepareClip
 from .demo import DemoClip, LoadDemoModel
 from .inflate import InflateUNet
 from .invert import DDIMInvert
 from .published import ExportPublished, LoadPublished
+from .refuse import refusing
 from .sample import SampleVideo
 from .tune import OneShotTune
 from .weights import ApplyWeights, LoadWeights, SaveWeights
 
-NODES = [
+NODES: list[type[io.ComfyNode]] = [
     PrepareClip,
     InflateUNet,
     OneShotTune,
@@ -23,3 +27,5 @@ NODES = [
     LoadDemoModel,
     DemoClip,
 ]
+if host.DRIFT is not None:
+    NODES = [refusing(node, host.DRIFT) for node in NODES]

@@ -1,5 +1,7 @@
 """Tuned weights on a MODEL: its clone carries the temporal layers, and the queries' change as the host's patches."""
 
+from __future__ import annotations
+
 import logging
 
 from . import host

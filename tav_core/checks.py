@@ -1,5 +1,7 @@
 """What must hold before long work begins: the model, the clip's latents and the prompts fit each other."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,23 +1,7 @@
 """Everything this pack asks of ComfyUI, and the only module that imports it.
 
-Host symbols used, and why:
-
-- `comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel`, `ResBlock`; `comfy.ldm.modules.attention.
-  BasicTransformerBlock`, `SpatialTransformer`: to recognise a Stable Diffusion UNet and find where to attach.
-- `comfy.model_patcher.ModelPatcher`: `clone`, `add_wrapper_with_key`, `set_additional_models`, `set_attachments`,
-  `add_patches`, `get_key_patches`, `get_model_object`: inflate and tune without touching the base model.
-- `comfy.patcher_extension.WrappersMP`: the wrappers around one UNet call and around one sampling run.
-- `comfy.lora.calculate_weight`: the weights that the host would run, LoRAs merged.
-- `comfy.model_sampling`: epsilon, v-prediction or neither; the noise level of each timestep.
-- `comfy.samplers.CFGGuider`, `KSAMPLER`: invert and sample through the host's own stack, so that LoRA, ControlNet,
-  regional prompts, previews and cancel work.
-- `comfy.model_management`: devices, memory, interrupt. `comfy.utils.ProgressBar`, `latent_preview`,
-  `server.PromptServer.send_progress_text`: progress.
-- `comfy.model_base.BaseModel`, `comfy.supported_models.SD15`, `comfy.sd.CLIP`, `comfy.sd.VAE`, `comfy.sd1_clip`,
-  `comfy.supported_models_base.ClipTarget`, `comfy.utils.unet_to_diffusers`: small models of one's own, in published
-  naming.
-- `folder_paths`: the folder of weights files, `models/tune_a_video`, as extra_model_paths.yaml may add to it; the user
-  folder, where saved states are kept.
+What it uses, and why, is listed in `host_symbols`, and looked up before it is imported. Where something is missing,
+`DRIFT` says what; this module and all that import it can be imported still, but `nodes` refuses to run them.
 """
 
 from __future__ import annotations
@@ -28,33 +12,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import comfy.lora
-import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
-import comfy.patcher_extension
-import comfy.samplers
-import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models
-import comfy.supported_models_base
-import comfy.utils
-import folder_paths
-import latent_preview
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from . import ddim
+from . import ddim, drift
 from .digest import digest
+from .host_symbols import SYMBOLS, TRIED
 from .inflation import TemporalLayers, UNetParts, inflated
 from .tuning import PredictionType
 
-ModelPatcher = comfy.model_patcher.ModelPatcher
 Conditioning = list[list[Any]]
 KEY = "tune_a_video"
 UNET = "diffusion_model."
@@ -63,9 +31,32 @@ LATENT_PIXELS = 8  # width and height of what one latent stands for
 
 log = logging.getLogger(__name__)
 
-# After those of extra_model_paths.yaml, which the host has read by now: new files go to the first folder.
-folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+DRIFT = drift.drift(SYMBOLS, TRIED)
+
+if DRIFT is not None:
+    log.error("Tune-A-Video: %s", DRIFT)
+if TYPE_CHECKING or DRIFT is None:
+    import comfy.lora
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.model_sampling
+    import comfy.patcher_extension
+    import comfy.samplers
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.supported_models
+    import comfy.supported_models_base
+    import comfy.utils
+    import folder_paths
+    import latent_preview
+    from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+    from comfy.model_patcher import ModelPatcher
+
+    # After those of extra_model_paths.yaml, which the host has read by now: new files go to the first folder.
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 @dataclass(frozen=True)
@@ -417,13 +408,16 @@ def run_sampler(
 
 
 def folders() -> list[Path]:
-    """The folders of tuned weights, as extra_model_paths.yaml has them; new files go to the first."""
-    return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    """The folders of tuned weights, as extra_model_paths.yaml has them; new files go to the first.
+
+    None where the host has drifted: the nodes' schemas still ask.
+    """
+    return [] if DRIFT else [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
 
 
 def file_names() -> list[str]:
-    """Names of the weights files in all of them, from the host's own cached listing."""
-    return folder_paths.get_filename_list(FOLDER)
+    """Names of the weights files in all of them, from the host's own cached listing. None, likewise."""
+    return [] if DRIFT else folder_paths.get_filename_list(FOLDER)
 
 
 def names_inside(folder: Path) -> list[str]:

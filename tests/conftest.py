@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support")]
@@ -20,6 +21,10 @@ from tune_a_video.tav_core.tuning import trains  # noqa: E402
 from tune_a_video.tav_core.weights import TunedWeights  # noqa: E402
 
 import nodes as core_nodes  # noqa: E402  (the host's)
+
+# That a machine is busy is no failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -83,11 +83,14 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def test_one_module_imports_the_host():
-    files = [PROJECT / "__init__.py", *PROJECT.glob("nodes/*.py"), *PROJECT.glob("tav_core/*.py")]
-    hosts = {"comfy", "latent_preview", "folder_paths", "execution", "server"}
-    assert {path.name for path in files if imports(path) & hosts} == {"host.py"}
-    assert all("comfy_api" not in imports(path) for path in PROJECT.glob("tav_core/*.py"))
+def test_one_module_imports_the_host_for_the_nodes_and_one_for_the_demos_tools():
+    files = [
+        PROJECT / "__init__.py",
+        *(path for folder in ("nodes", "tav_core", "demo") for path in PROJECT.glob(f"{folder}/*.py")),
+    ]
+    hosts = {"comfy", "comfy_extras", "latent_preview", "folder_paths", "execution", "server"}
+    assert {path.name for path in files if imports(path) & hosts} == {"host.py", "host_demo.py"}
+    assert all("comfy_api" not in imports(path) for path in files if path.parent.name in ("tav_core", "demo"))
 
 
 def test_weights_say_which_pack_wrote_them():
