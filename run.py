@@ -2,7 +2,7 @@
 """Everything of this pack that runs outside your own ComfyUI, on a real ComfyUI all the same.
 
   python run.py demo [--ui]                        edit the demo's clip; --help: or one of your own
-  python run.py test [pytest arguments]            run the tests
+  python run.py test [--browser] [pytest arguments]  run the tests; --browser: those of the page as well
   python run.py serve [--port N] [-- arguments]    run ComfyUI with this pack; what follows -- goes to ComfyUI
   python run.py parity FOLDER...                   compare the pack with reference results in FOLDER
   python run.py evaluate [--quick]                 measure the method on the demo's world
@@ -70,6 +70,10 @@ HOST_PACKAGES = (
     "av>=14.2",
     "pydantic-settings",  # ComfyUI reads a pack's pyproject.toml with it, and logs a warning a file without
 )
+
+# ComfyUI 0.3.75's own page shows no pack's translations, the next one does: a test of them runs on it.
+TRANSLATED_PAGE = "comfyui-frontend-package==1.33.13"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")  # as programs are named
 
 # A torchvision built for CUDA cannot load its operators beside a CPU-only torch, and then fails to import
 # because it describes two operators that nobody has defined. This hook defines them, in that case only.
@@ -411,6 +415,43 @@ def prepare() -> tuple[Host, Path]:
     return host, python
 
 
+def prepare_browser(python: Path) -> str:
+    """Playwright, and a Chromium for it: the program of the system's, or "" for Playwright's own."""
+    if not runs(python, "import playwright"):
+        say("installing Playwright")
+        constraints = str(python.parents[1] / "constraints.txt")
+        pip(python, "install", "--constraint", constraints, "playwright", failure="could not install Playwright")
+
+    def installed() -> str | None:
+        return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+    if program := installed():
+        return program
+    say("installing Chromium")
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        subprocess.run(["apt-get", "--quiet", "update"])
+        subprocess.run(["apt-get", "--quiet", "--yes", "install", "--no-install-recommends", "chromium"])
+        if program := installed():
+            return program
+    if subprocess.run([str(python), "-m", "playwright", "install", "chromium"]).returncode == 0:
+        return ""
+    raise Problem(
+        "there is no browser, and none could be installed: install Chromium or Google Chrome, then try again."
+    )
+
+
+def prepare_translated_page(python: Path) -> Path:
+    """The folder of a newer page than the host's."""
+    folder = STATE / TRANSLATED_PAGE.replace("==", "-")
+    if not folder.is_dir():
+        partial = STATE / "partial-page"
+        shutil.rmtree(partial, ignore_errors=True)
+        failure = f"could not download {TRANSLATED_PAGE}"
+        pip(python, "install", "--no-deps", "--target", str(partial), TRANSLATED_PAGE, failure=failure)
+        os.replace(partial, folder)
+    return folder / "comfyui_frontend_package" / "static"
+
+
 def run_with_host(host: Host, command: Sequence[str], folder: Path | None = None) -> int:
     """Run a command that finds ComfyUI by the variable TAV_HOST; returns its exit code."""
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "TAV_HOST": str(host.folder)}) as process:
@@ -426,6 +467,10 @@ def run_with_host(host: Host, command: Sequence[str], folder: Path | None = None
 
 def test(arguments: list[str]) -> int:
     host, python = prepare()
+    if "--browser" in arguments:
+        arguments = [argument for argument in arguments if argument != "--browser"]
+        os.environ["TAV_BROWSER"] = prepare_browser(python)
+        os.environ["TAV_FRONTEND"] = str(prepare_translated_page(python))
     # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import aiohttp
 
 Prompt = dict[str, dict[str, Any]]
+MUTED = 2  # a node's mode in the page's workflows
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -116,15 +117,16 @@ def failure(history: Mapping[str, Any]) -> str | None:
 
 def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
     """A workflow as the page saves it → the API's form, as the page sends it."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    muted = {node["id"] for node in workflow["nodes"] if node["mode"] == MUTED}
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in muted}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] not in object_info:  # a note
+        if node["type"] not in object_info or node["id"] in muted:  # the first are notes
             continue
-        values = iter(node["widgets_values"])
+        values = iter(node.get("widgets_values", ()))
         # Every widget has an input slot of its name, in the order of the values; an upload button is no input.
         inputs = {slot["widget"]["name"]: next(values) for slot in node["inputs"] if "widget" in slot}
-        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] in links}
         known = {name for part in object_info[node["type"]]["input"].values() for name in part}
         prompt[str(node["id"])] = {
             "class_type": node["type"],

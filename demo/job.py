@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..tav_core.compare import side_by_side
 from . import classifier, measure, sheet, world
 from .api import Comfy, Prompt, Refused, failure, find, to_api
 
@@ -198,7 +199,8 @@ def keep(videos: Mapping[str, Video], figures: Mapping[str, Mapping[str, Any]], 
     labelled = {name: videos[name].pictures for name in ("source", "reconstruction")}
     labelled |= {row["prompt"]: videos[name].pictures for name, row in figures.items()}
     sheet.contact_sheet(labelled).save(OUT / "contact_sheet.png")
-    write_video(OUT / "side_by_side.mp4", sheet.side_by_side(labelled), videos["source"].fps)
+    together = (side_by_side(labelled, list(labelled)) * 255).round().byte().numpy()
+    write_video(OUT / "side_by_side.mp4", together, videos["source"].fps)
     (OUT / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

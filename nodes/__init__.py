@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from .clip import PrepareClip
+from .compare import CompareVideos
 from .demo import DemoClip, LoadDemoModel
 from .inflate import InflateUNet
 from .invert import DDIMInvert
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyWeights,
     LoadPublished,
     ExportPublished,
+    CompareVideos,
     LoadDemoModel,
     DemoClip,
 ]

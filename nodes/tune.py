@@ -10,7 +10,7 @@ from ..tav_core.apply import apply_weights
 from ..tav_core.clip import to_image
 from ..tav_core.memory import MEMORY
 from ..tav_core.one_shot import Saving, Validation, one_shot_tune, runs_folder
-from ..tav_core.plot import beside, loss_curve
+from ..tav_core.plot import curve_with_edit, loss_curve
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
 
@@ -176,15 +176,17 @@ class OneShotTune(io.ComfyNode):
             losses[step.number - 1 :] = [step.loss]  # a step that is done again replaces its first report
             picture, now = None, time.monotonic()
             if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
-                picture, drawn = loss_curve(losses, steps), now
-                if edit:
-                    picture = beside(picture, edit[int(now * EDIT_FPS) % len(edit)], f"edit at step {edited}")
+                drawn = now
+                picture = draw(edit[int(now * EDIT_FPS) % len(edit)]) if edit else loss_curve(losses, steps)
             show(step.number, picture)
+
+        def draw(frame):
+            return curve_with_edit(losses, steps, frame, f"edit at step {edited}")
 
         def on_edit(step, frames):
             nonlocal edit, edited
             edit, edited = frames, step
-            show(step, beside(loss_curve(losses, steps), edit[0], f"edit at step {edited}"))
+            show(step, draw(edit[0]))
 
         validation = None
         if validation_prompt is not None:
@@ -209,9 +211,11 @@ class OneShotTune(io.ComfyNode):
             validation=validation,
             tell=tell,
         )
+        if not told:
+            tell(f"trained {steps} steps")  # the page shows progress text, but no PreviewText of such a node
         if cls.hidden:
             prompt, node = cls.hidden.prompt, cls.hidden.unique_id
             weights = replace(weights, caption=graph.caption_of(prompt, node), stride=graph.stride_of(prompt, node))
         plot = to_image(loss_curve(weights.losses, steps))
-        text = "\n".join(told) or f"trained {steps} steps"
+        text = "\n".join(told)
         return io.NodeOutput(apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))

@@ -39,7 +39,6 @@ if TYPE_CHECKING or DRIFT is None:
     import comfy.lora
     import comfy.model_base
     import comfy.model_management
-    import comfy.model_patcher
     import comfy.model_sampling
     import comfy.patcher_extension
     import comfy.samplers

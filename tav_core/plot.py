@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
 INK, GRID, RAW, SMOOTH = "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
 MARGIN_LEFT, MARGIN = 64, 28
+WIDTH, HEIGHT = 512, 320
+EDIT = 216  # pixels of the width, for an edit beside the curve
+FONT = 14  # readable where the page draws the picture at two thirds of its size
 
 
-def loss_curve(losses: Sequence[float], steps: int, width: int = 512, height: int = 320) -> Image:
+def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: int = HEIGHT) -> Image:
     """A picture of the loss of each step so far, raw and as an exponential mean, on an axis of `steps`.
 
     A single step's loss mostly shows which timestep was drawn; the mean shows the training.
@@ -32,9 +35,9 @@ def loss_curve(losses: Sequence[float], steps: int, width: int = 512, height: in
     for part in (0, 0.25, 0.5, 0.75, 1):
         y = at(0, top * part)[1]
         draw.line([(MARGIN_LEFT, y), (right, y)], fill=GRID)
-        draw.text((MARGIN_LEFT - 6, y), f"{top * part:.3g}", fill=INK, anchor="rm")
+        draw.text((MARGIN_LEFT - 6, y), f"{top * part:.3g}", fill=INK, anchor="rm", font_size=FONT)
         x = at(steps * part, 0)[0]
-        draw.text((x, bottom + 6), f"{steps * part:g}", fill=INK, anchor="ma")
+        draw.text((x, bottom + 6), f"{steps * part:g}", fill=INK, anchor="ma", font_size=FONT)
     if losses:
         means, mean = [], losses[0]
         for loss in losses:
@@ -42,17 +45,23 @@ def loss_curve(losses: Sequence[float], steps: int, width: int = 512, height: in
             means.append(mean)
         for values, colour, thickness in ((losses, RAW, 1), (means, SMOOTH, 2)):
             draw.line([at(i + 1, value) for i, value in enumerate(values)], fill=colour, width=thickness)
-        draw.text((right, 6), f"step {len(losses)} of {steps}   loss {means[-1]:.4f}", fill=INK, anchor="ra")
+        text = f"step {len(losses)} of {steps}   loss {means[-1]:.4f}"
+        draw.text((right, 6), text, fill=INK, anchor="ra", font_size=FONT)
     return picture
 
 
-def beside(curve: Image, frame: Image, label: str) -> Image:
-    """The curve with a frame of a preview on its right, as high as the curve."""
+def curve_with_edit(losses: Sequence[float], steps: int, frame: Image, label: str) -> Image:
+    """The curve, narrower, with a frame of a preview on its right: together as large as the curve alone.
+
+    The page gives a node's picture little room, and makes it as small as its longer side asks for.
+    """
     from PIL import Image, ImageDraw
 
-    width = max(round(frame.width * curve.height / frame.height), 1)
-    picture = Image.new("RGB", (curve.width + width, curve.height))
-    picture.paste(curve, (0, 0))
-    picture.paste(frame.resize((width, curve.height), Image.Resampling.BICUBIC), (curve.width, 0))
-    ImageDraw.Draw(picture).text((curve.width + 6, 6), label, fill=INK, stroke_width=2, stroke_fill="black")
+    picture = Image.new("RGB", (WIDTH, HEIGHT))
+    picture.paste(loss_curve(losses, steps, WIDTH - EDIT), (0, 0))
+    scale = min(EDIT / frame.width, HEIGHT / frame.height)
+    size = max(round(frame.width * scale), 1), max(round(frame.height * scale), 1)
+    left, top = WIDTH - EDIT + (EDIT - size[0]) // 2, (HEIGHT - size[1]) // 2
+    picture.paste(frame.resize(size, Image.Resampling.BICUBIC), (left, top))
+    ImageDraw.Draw(picture).text((WIDTH - EDIT + 6, 6), label, fill=INK, font_size=FONT)
     return picture

@@ -1,6 +1,7 @@
 """The pack on the real host, in process, and small models of random weights that the host accepts."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support")]
+sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support"), str(PROJECT / "tests" / "browser")]
+collect_ignore = [] if "TAV_BROWSER" in os.environ else ["browser"]  # run.py test --browser sets it
 
 from pack import load_pack  # noqa: E402
 

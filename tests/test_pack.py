@@ -31,6 +31,7 @@ def test_node_ids_and_names_stay():
         "TAVApplyWeights": "Apply Weights",
         "TAVLoadPublished": "Load Published Model",
         "TAVExportPublished": "Export Published Model",
+        "TAVCompareVideos": "Compare Videos",
     }
 
 

@@ -373,6 +373,42 @@ def test_paths_that_lead_out_are_refused(run: ModuleType, tmp_path: Path, name: 
     assert not list(tmp_path.rglob("escaped.py"))
 
 
+# ---- the browser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that look for or install a browser; all of them fail."""
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_options: Any) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(run, "runs", lambda *_arguments: True)
+    monkeypatch.setattr(run.subprocess, "run", start)
+    return started
+
+
+def test_the_systems_browser_is_used(
+    run: ModuleType, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.shutil, "which", {"google-chrome": "/opt/chrome"}.get)
+    assert run.prepare_browser(Path("python")) == "/opt/chrome"
+    assert not commands
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_without_any_browser_one_line_says_so(
+    run: ModuleType, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, root: bool
+) -> None:
+    monkeypatch.setattr(run.shutil, "which", {"apt-get": "/usr/bin/apt-get"}.get)
+    monkeypatch.setattr(run.os, "geteuid", lambda: 0 if root else 1000, raising=False)
+    with pytest.raises(run.Problem, match="install Chromium or Google Chrome"):
+        run.prepare_browser(Path("python"))
+    assert [command[0] for command in commands] == [*(["apt-get"] * 2 if root else []), "python"]
+
+
 # ---- the server -----------------------------------------------------------------------------------------
 
 

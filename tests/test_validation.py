@@ -7,6 +7,7 @@ from tune_a_video.nodes import OneShotTune
 from tune_a_video.tav_core import editing, host
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.one_shot import VALIDATION_CFG, VALIDATION_STEPS, Saving, Validation, one_shot_tune
+from tune_a_video.tav_core.plot import EDIT, HEIGHT, WIDTH
 from tune_a_video.tav_core.tuning import Recipe
 
 
@@ -116,5 +117,8 @@ def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, tm
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 2}
     with torch.inference_mode():
         OneShotTune.execute(inflated, clip, prompts[1], **values)
-    sizes = [picture.size for picture in pictures if picture is not None]
-    assert sizes == [(512, 320), (832, 320), (832, 320)]
+    pictures = [picture for picture in pictures if picture is not None]
+    assert [picture.size for picture in pictures] == [(512, 320)] * 3
+    square = (WIDTH - EDIT, (HEIGHT - EDIT) // 2, WIDTH, (HEIGHT + EDIT) // 2)
+    colours = [len(picture.crop(square).getcolors(EDIT**2)) for picture in pictures]
+    assert colours[0] < 500 < min(colours[1:]), "the curve alone, then with a frame of the edit"

@@ -1,0 +1,156 @@
+"""ComfyUI's page in a real browser, used as a user uses it."""
+
+from contextlib import contextmanager
+
+from live_server import NAME, PROJECT
+from playwright.sync_api import TimeoutError
+
+SCREENSHOTS = PROJECT / "output" / "browser"
+SLOW = 120_000  # milliseconds: the machine may have other work
+# Without a display, a graphics card, or the browser's own requests to its maker.
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+# The page opens a workflow of its own at last.
+READY = """() => window.app?.vueAppReady && app.extensionManager?.workflow?.activeWorkflow && app.graph?.nodes.length
+    && document.querySelector('#comfy-file-input') && LiteGraph.registered_node_types.TAVOneShotTune"""
+OPEN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length"
+NODE = "app.graph.nodes.find(node => node.type === kind && (!title || node.title === title))"
+
+
+class Workspace:
+    """One open page of a server."""
+
+    def __init__(self, page, server):
+        self.page, self.server = page, server
+        self.failed = []  # requests to the pack that the server did not answer well
+        page.on("response", lambda answer: self.failed.append(answer.url) if self._is_bad(answer) else None)
+        page.goto(server.address, wait_until="domcontentloaded")
+        page.wait_for_function(READY)
+        page.evaluate(
+            """() => { window.events = [];
+            for (const kind of ['execution_start', 'execution_success', 'execution_error', 'execution_interrupted',
+                                'progress', 'progress_text', 'b_preview_with_metadata'])
+                app.api.addEventListener(kind, event => {
+                    const { node, nodeId, displayNodeId, value, max } = event.detail ?? {};
+                    events.push({ kind, node: String(node ?? displayNodeId ?? nodeId ?? ''), value, max }) }) }"""
+        )
+
+    @staticmethod
+    def _is_bad(answer):
+        return answer.status >= 400 and NAME in answer.url
+
+    # --- workflows ---
+
+    def templates(self):
+        """Open the template browser, if it is not open, at this pack; returns the dialog."""
+        dialog = self.page.get_by_role("dialog")
+        if not dialog.is_visible():
+            self.page.get_by_role("button", name="Templates").first.click()
+        dialog.get_by_text(NAME, exact=True).first.click()
+        return dialog
+
+    def open_template(self, name):
+        self.templates().get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function(OPEN, arg=name)
+        self.page.get_by_role("dialog").wait_for(state="detached")
+
+    def open_file(self, path):
+        self.page.set_input_files("#comfy-file-input", path)
+        self.page.wait_for_function(OPEN, arg=path.stem)
+
+    def workflow(self):
+        """The workflow as the page saves it."""
+        return self.page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+
+    def set(self, kind, values, title=None):
+        """Give widgets of all nodes of a kind (and title) other values, as typing does."""
+        self.page.evaluate(
+            """([kind, title, values]) => {
+            for (const node of app.graph.nodes)
+                if (node.type === kind && (!title || node.title === title))
+                    for (const widget of node.widgets)
+                        if (widget.name in values) {
+                            widget.value = values[widget.name]
+                            widget.callback?.(widget.value, app.canvas, node)
+                        } }""",
+            [kind, title, values],
+        )
+
+    def node(self, kind, title=None):
+        """The number of a node."""
+        return self.page.evaluate(f"([kind, title]) => String({NODE}.id)", [kind, title])
+
+    def show(self, kind, title=None):
+        """Bring a node to the middle of the canvas at its full size; returns its corners in the window."""
+        return self.page.evaluate(
+            f"""([kind, title]) => {{
+            const node = {NODE}, {{ ds, canvas }} = app.canvas, box = canvas.getBoundingClientRect()
+            ds.scale = 1
+            ds.offset[0] = box.width / 2 - node.pos[0] - node.size[0] / 2
+            ds.offset[1] = Math.max(box.height / 2 - node.size[1] / 2, 130) - node.pos[1]
+            app.canvas.draw(true, true)
+            const [x, y] = ds.convertOffsetToCanvas(node.pos)
+            return [box.x + x, box.y + y, box.x + x + node.size[0], box.y + y + node.size[1]] }}""",
+            [kind, title],
+        )
+
+    def search(self, text):
+        """Look for a node in the menu that a double click opens, and take the first that has this text."""
+        field = self.page.get_by_placeholder("Search Nodes")
+        for _ in range(20):  # a busy page takes two slow clicks for single ones
+            self.page.mouse.dblclick(800, 500)
+            try:
+                field.wait_for(timeout=5000)
+                break
+            except TimeoutError:
+                continue
+        field.fill(text)
+        self.page.get_by_role("option").filter(has_text=text).first.click()
+        field.wait_for(state="detached")
+
+    # --- running ---
+
+    def run(self):
+        """Press Run; what `events` has from now on belongs to this run."""
+        self.page.evaluate("() => { events.length = 0 }")
+        self.page.get_by_role("button", name="Run", exact=True).click()
+
+    def events(self, kind, node=""):
+        return self.page.evaluate(
+            "([kind, node]) => events.filter(e => e.kind === kind && (!node || e.node === node))", [kind, node]
+        )
+
+    def wait_for(self, kind, node="", value=0):
+        """Until an event has come; an error ends the wait too."""
+        self.page.wait_for_function(
+            """([kind, node, value]) => events.some(e => e.kind === 'execution_error'
+                || e.kind === kind && (!node || e.node === node) && (e.value ?? 0) >= value)""",
+            arg=[kind, node, value],
+        )
+        assert kind == "execution_error" or not self.events("execution_error"), self.server.log()[-3000:]
+
+    # --- looking ---
+
+    def complaints(self):
+        """What toasts and dialogs say."""
+        return self.page.locator(".p-toast-message:visible, [role=dialog]:visible, .comfy-missing-nodes:visible"
+                                 ).all_inner_texts()  # fmt: skip
+
+    def screenshot(self, name):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@contextmanager
+def workspace(browser, server, name):
+    """A page of its own, with a screenshot of how it ended."""
+    context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+    context.set_default_timeout(SLOW)
+    page = context.new_page()
+    try:
+        yield Workspace(page, server)
+    finally:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        context.close()

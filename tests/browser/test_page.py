@@ -1,0 +1,230 @@
+"""The pack in ComfyUI's own page: templates, nodes, runs, help, languages. Screenshots go to output/browser/.
+
+Only `run.py test --browser` runs these; it names the browser's program in TAV_BROWSER.
+"""
+
+import json
+import os
+import re
+
+import pytest
+from live_server import PROJECT, Server
+from page import FLAGS, workspace
+from playwright.sync_api import sync_playwright
+
+TEMPLATES = sorted(file.stem for file in (PROJECT / "example_workflows").glob("*.json"))
+
+
+def write_settings(base, **settings):
+    file = base / "user" / "default" / "comfy.settings.json"
+    file.parent.mkdir(parents=True)
+    settings = {f"Comfy.{name}": value for name, value in settings.items()}
+    file.write_text(json.dumps({"Comfy.TutorialCompleted": True, **settings}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("page")
+    write_settings(base)
+    with Server(base) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        as_root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox does not start there
+        browser = playwright.chromium.launch(
+            executable_path=os.environ["TAV_BROWSER"] or None, chromium_sandbox=not as_root, args=FLAGS
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server, request):
+    with workspace(browser, server, request.node.name) as page:
+        yield page
+
+
+def small(page):
+    """Few steps: what is looked at here is the page."""
+    page.set("TAVOneShotTune", {"steps": 30})
+    for kind in ("TAVDDIMInvert", "TAVSampleVideo"):
+        page.set(kind, {"steps": 5})
+
+
+def test_every_template_has_a_thumbnail_and_opens_whole(page):
+    cards = page.templates().locator("[data-testid^=template-workflow-]")
+    names = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
+    assert sorted(names) == TEMPLATES
+    for card in cards.all():
+        card.scroll_into_view_if_needed()
+        card.locator("img[src^='blob:']").wait_for()  # what the server sent, not the page's own stand-in
+    page.screenshot("template_browser")
+    for name in TEMPLATES:
+        page.open_template(name)
+        written = json.loads((PROJECT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        opened = page.workflow()
+        assert page.page.evaluate("() => app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type])") == []
+        assert links(opened) == links(written), name
+        assert widgets(opened) == widgets(written), name
+        assert page.complaints() == [], name
+        page.screenshot(f"template_{name}")
+    assert page.failed == []
+
+
+def links(workflow):
+    return sorted(map(str, workflow["links"]))
+
+
+def widgets(workflow):
+    # An upload button's value is saved by one page and not by another.
+    return {node["id"]: [value for value in node.get("widgets_values") or [] if value != "image"]
+            for node in workflow["nodes"]}  # fmt: skip
+
+
+def test_the_quickstart_runs_and_shows_what_it_does(page):
+    page.open_template("quickstart")
+    small(page)
+    page.set("TAVOneShotTune", {"validation_every": 10})
+    tune = page.node("TAVOneShotTune")
+    page.page.evaluate(
+        """() => { const [tune, edit] = ['One-Shot Tune', 'object edit'].map(
+            title => app.graph.nodes.find(node => node.title === title));
+        edit.connect(0, tune, tune.findInputSlot('validation_prompt')) }"""
+    )
+    page.run()
+    page.wait_for("progress", tune, 15)  # after the first preview of the edit
+    page.show("TAVOneShotTune")
+    page.page.wait_for_function("id => app.nodePreviewImages[id]?.length || app.graph.getNodeById(id).imgs", arg=tune)
+    page.screenshot("tuning")
+    shown = page.page.get_by_text("Current node:").locator("..").inner_text()
+    assert re.search(r"One-?Shot ?Tune", shown) and "%" in shown
+    page.wait_for("execution_success")
+
+    for kind in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
+        node = page.node(kind)
+        assert page.events("b_preview_with_metadata", node), f"{kind} shows previews"
+    assert page.events("progress", tune)[-1]["value"] == 30
+    page.show("TAVOneShotTune")
+    page.page.get_by_text("trained 30 steps").wait_for()
+    page.screenshot("tuned")
+    for title in ("object", "style"):
+        number = page.node("SaveVideo", title)
+        page.show("SaveVideo", title)
+        page.page.wait_for_function(
+            """id => { const video = app.graph.getNodeById(id).widgets.map(w => w.element?.querySelector?.('video'))
+                .find(Boolean); return video?.videoWidth === 128 && video.readyState >= 2
+                && video.getBoundingClientRect().width > 100 }""",
+            arg=number,
+        )
+        page.screenshot(f"video_{title}")
+    assert page.page.locator(".p-toast-message-error:visible").count() == 0
+
+
+def test_nodes_are_found_by_their_names(page):
+    names = page.page.evaluate(
+        """() => Object.values(LiteGraph.registered_node_types)
+        .filter(node => node.comfyClass?.startsWith('TAV')).map(node => node.title)"""
+    )
+    assert len(names) >= 13
+    for name in sorted(names):
+        page.page.evaluate("() => { app.graph.clear() }")
+        page.search(name)
+        page.page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=name)
+
+
+def test_a_node_has_a_help_page(page):
+    page.open_template("quickstart")
+    x, y, *_ = page.show("TAVOneShotTune")
+    page.page.mouse.click(x + 120, y - 15)
+    page.page.get_by_test_id("info-button").click()
+    text = (PROJECT / "web" / "docs" / "TAVOneShotTune.md").read_text(encoding="utf-8")
+    heading = re.search(r"^#+ (.+)$", text, re.M).group(1)
+    page.page.get_by_role("heading", name=heading).first.wait_for()
+
+
+def test_the_page_speaks_chinese(browser, tmp_path):
+    # The page that comes with this ComfyUI shows no translation of any pack's (mended in 1.33): so a newer page.
+    write_settings(tmp_path, Locale="zh")
+    with (
+        Server(tmp_path, "--front-end-root", os.environ["TAV_FRONTEND"]) as server,
+        workspace(browser, server, "chinese") as page,
+    ):
+        chinese = json.loads((PROJECT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+        chinese = chinese["TAVOneShotTune"]
+        page.page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('TAVOneShotTune')) }")
+        title, *labels = page.page.evaluate(
+            "() => { const [node] = app.graph.nodes; return [node.title, ...node.widgets.map(widget => widget.label)] }"
+        )
+        assert title == chinese["display_name"]
+        assert chinese["inputs"]["steps"]["name"] in labels
+        page.show("TAVOneShotTune")
+
+
+def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(page):
+    page.open_template("object_edit")
+    small(page)
+    page.set("TAVOneShotTune", {"steps": 5000, "seed": 5})
+    tune = page.node("TAVOneShotTune")
+    page.run()
+    page.wait_for("progress", tune, 3)
+    page.page.get_by_role("button", name="Cancel current run").click()
+    reached = page.events("progress", tune)[-1]["value"]
+    page.wait_for("execution_interrupted")
+    assert page.events("progress", tune)[-1]["value"] <= reached + 2
+
+    page.set("TAVOneShotTune", {"steps": 1, "seed": 6})
+    page.run()
+    page.wait_for("execution_success")
+
+
+def test_a_saved_workflow_opens_again_as_it_was(page, tmp_path):
+    page.open_template("compare_edits")
+    page.set("TAVSampleVideo", {"cfg": 7.5}, "sample: cfg 4")
+    page.set("TAVCompareVideos", {"labels": "片段\n\ncfg 7.5"})
+    page.page.mouse.click(800, 960)
+    page.page.keyboard.press("Control+s")
+    field = page.page.get_by_role("dialog").get_by_role("textbox")
+    field.fill("kept")
+    field.press("Enter")
+    page.page.wait_for_function(
+        "async () => (await (await fetch('/userdata?dir=workflows')).json()).includes('kept.json')"
+    )
+    saved = page.server.base / "user" / "default" / "workflows" / "kept.json"
+    before = json.loads(saved.read_text(encoding="utf-8"))
+    again = tmp_path / "again.json"
+    again.write_bytes(saved.read_bytes())
+    page.open_file(again)
+    after = page.workflow()
+    for part in ("nodes", "links", "groups"):
+        assert after[part] == before[part]
+    values = {tuple(node.get("widgets_values") or ()) for node in after["nodes"]}
+    assert (50, 7.5) in values and ("片段\n\ncfg 7.5",) in values
+
+
+def test_a_link_of_a_wrong_type_is_refused(page):
+    page.page.evaluate(
+        """() => { app.graph.clear(); app.canvas.ds.scale = 1; app.canvas.ds.offset.fill(0);
+        for (const [kind, x] of [['TAVLoadDemoModel', 300], ['TAVInflateUNet', 800]]) {
+            const node = LiteGraph.createNode(kind); app.graph.add(node); node.pos = [x, 400] }
+        app.canvas.draw(true, true) }"""
+    )
+
+    def slot(kind, is_input, index):
+        return page.page.evaluate(
+            """([kind, isInput, index]) => { const node = app.graph.nodes.find(node => node.type === kind);
+            const [x, y] = app.canvas.ds.convertOffsetToCanvas(node.getConnectionPos(isInput, index));
+            const box = app.canvas.canvas.getBoundingClientRect(); return [box.x + x, box.y + y] }""",
+            [kind, is_input, index],
+        )
+
+    mouse = page.page.mouse
+    for output, linked in ((2, 0), (0, 1)):  # VAE, then MODEL
+        mouse.move(*slot("TAVLoadDemoModel", False, output))
+        mouse.down()
+        mouse.move(*slot("TAVInflateUNet", True, 0), steps=10)
+        mouse.up()
+        page.page.keyboard.press("Escape")  # what a link that is let go opens
+        assert len(page.workflow()["links"]) == linked

@@ -1,0 +1,107 @@
+"""The example workflows: whole, neatly laid out, and each of them runs, in few steps."""
+
+import json
+
+import pytest
+from checkpoint import write_checkpoint
+from live_server import PROJECT, Server
+from PIL import Image
+from tune_a_video.demo import job
+from tune_a_video.demo.api import to_api
+
+FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
+WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
+TITLE = 30  # pixels of a node's title, above its position
+OUTPUTS = {
+    "quickstart": {"source", "reconstruction", "object", "background", "style"},
+    "object_edit": {"source", "edit"},
+    "background_change": {"source", "edit"},
+    "style_transfer": {"source", "edit"},
+    "compare_edits": {"comparison"},
+    "edit_list": {"edits"},
+    "reload_tuned_weights": set(),  # its second part, see below
+}
+OWN = {"tune_a_video", "personalised_checkpoint"}  # for the user's checkpoint and video
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("templates")) as server:
+        yield server
+
+
+def run(server, workflow, **changes):
+    """Run it with one step everywhere; returns the videos by their titles."""
+    prompt = to_api(workflow, server.get("/object_info"))
+    for node in prompt.values():
+        values = {"steps": 1, **changes}
+        node["inputs"] |= {name: value for name, value in values.items() if name in node["inputs"]}
+    videos, _seconds = job.run(server, prompt)
+    return videos
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_it_is_whole_and_laid_out_without_overlaps(server, workflow):
+    known = {*server.get("/object_info"), "MarkdownNote"}
+    assert {node["type"] for node in workflow["nodes"]} <= known
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, output, target, slot, kind in workflow["links"]:
+        assert number in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == number
+        assert kind == nodes[source]["outputs"][output]["type"]
+    linked = {slot["link"] for node in nodes.values() for slot in node["inputs"] if slot.get("link") is not None}
+    assert linked == {link[0] for link in workflow["links"]}
+    assert any(node["type"] == "MarkdownNote" for node in nodes.values())
+
+    boxes = [(x, y - TITLE, x + width, y + height) for node in nodes.values()
+             for x, y, width, height in [(*node["pos"], *node["size"])]]  # fmt: skip
+    groups = [(x, y, x + width, y + height) for group in workflow["groups"]
+              for x, y, width, height in [group["bounding"]]]  # fmt: skip
+    for some in (boxes, groups):
+        assert not [(a, b) for a in some for b in some if a < b and overlap(a, b)]
+    for box in boxes:
+        assert all(contains(group, box) for group in groups if overlap(group, box))
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def contains(outer, inner):
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+
+
+@pytest.mark.parametrize("file", FILES, ids=WORKFLOWS)
+def test_it_has_a_small_thumbnail(file):
+    picture = file.with_suffix(".jpg")
+    with Image.open(picture) as opened:
+        assert opened.format == "JPEG" and min(opened.size) >= 256
+    assert picture.stat().st_size < 40_000 and file.stat().st_size < 60_000
+
+
+def test_each_is_run_here():
+    assert set(WORKFLOWS) == {*OUTPUTS, *OWN}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_on_the_demos_model_it_runs_as_it_is(server, name):
+    videos = run(server, WORKFLOWS[name])
+    assert set(videos) == OUTPUTS[name]
+    for video in videos.values():
+        assert len(video.pictures) == 8 and video.fps == 8 and video.pictures.std() > 0.02
+
+
+def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kept(server):
+    workflow = WORKFLOWS["reload_tuned_weights"]
+    run(server, workflow)
+    unmuted = [{**node, "mode": 0} for node in workflow["nodes"]]
+    assert set(run(server, {**workflow, "nodes": unmuted})) == {"edit"}
+
+
+def test_a_personalised_checkpoint_takes_over_the_motion(server):
+    write_checkpoint(server.base / "models" / "checkpoints" / "sd15.ckpt")
+    video = server.upload(PROJECT / "demo" / "quickstart.mp4")
+    small = {"count": 2, "stride": 1, "width": 64, "height": 64}
+    videos = run(server, WORKFLOWS["personalised_checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
+    assert videos["edit"].pictures.shape == (2, 64, 64, 3)
+    assert list((server.base / "models" / "tune_a_video").glob("motion_*.safetensors"))
