@@ -56,6 +56,7 @@ def small(page):
 
 def test_every_template_has_a_thumbnail_and_opens_whole(page):
     cards = page.templates().locator("[data-testid^=template-workflow-]")
+    cards.nth(len(TEMPLATES) - 1).wait_for(state="attached")  # the page draws them one after another
     names = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
     assert sorted(names) == TEMPLATES
     for card in cards.all():
