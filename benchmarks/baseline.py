@@ -25,6 +25,19 @@ from torch.utils.checkpoint import checkpoint
 
 TRAINED = ("attn1.to_q", "attn2.to_q", "attn_temp.")
 
+# A published model's `config.json` of Stable Diffusion 1.x, and of its shape at a tenth of the width.
+SD15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+}
+SMALL = {**SD15, "block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 64}
+
 
 class VideoUNet(nn.Module):
     """The reference's UNet, of random weights: `unet` has a published model's tensors by their names.

@@ -12,10 +12,10 @@ import comfy.model_base
 import comfy.model_detection
 import pytest
 import torch
-from baseline import VideoUNet
+from baseline import SD15, VideoUNet
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
-from small import SD15, TINY, meta_unet
+from small import TINY, meta_unet
 from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadPublished, OneShotTune
 from tune_a_video.tav_core import editing, host, library, published
 from tune_a_video.tav_core.apply import apply_weights

@@ -3,7 +3,8 @@
 import comfy.model_management
 import pytest
 import torch
-from small import SD15, meta_unet
+from baseline import SD15
+from small import meta_unet
 from tune_a_video.tav_core import editing, host, published, tuning
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.inflation import TemporalLayers
