@@ -29,6 +29,13 @@ SYMBOLS = (
         "to attach sparse-causal attention",
         attributes=("to_q", "to_k", "to_v", "heads", "dim_head"),
     ),
+    Symbol(
+        "comfy.ldm.modules.attention:attention_pytorch",
+        "to sample on a CPU with torch's attention",
+        "q, k, v, heads, /, mask, attn_precision",
+    ),
+    Symbol("comfy.cli_args:args.use_quad_cross_attention", "to sample with another attention where it is asked for"),
+    Symbol("comfy.cli_args:args.use_split_cross_attention", "to sample with another attention where it is asked for"),
     # --- a MODEL: cloned and patched, never changed ---
     Symbol(
         "comfy.model_patcher:ModelPatcher",
