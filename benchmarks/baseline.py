@@ -143,6 +143,7 @@ def make_scheduler(steps: int, prediction_type: Literal["epsilon", "v_prediction
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1,
         clip_sample=False, prediction_type=prediction_type,
     )  # fmt: skip
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # 1 - alpha has few digits else, early on
     scheduler.set_timesteps(steps)
     return scheduler
 

@@ -49,6 +49,8 @@ class Baseline:
             self.vae: Any = AutoencoderKL(**self.vae_config).requires_grad_(False)
         self.device = torch.device("cpu")
         self.pictures = 2 * torch.rand(frames, 3, size, size, generator=generator) - 1
+        # As large as a real VAE's latents: 0.18215 belongs to Stable Diffusion's weights.
+        self.scale = 1 / float(self._means(self.pictures[:1, :, :64, :64]).std())
         width = config["cross_attention_dim"]
         self.uncond, self.cond = (torch.randn(1, TOKENS, width, generator=generator) for _ in range(2))
         self.trained = {
@@ -64,9 +66,11 @@ class Baseline:
 
     def encode(self) -> Tensor:
         """The clip's latents, [1, c, f, h, w]: the mean, where the reference draws, so that both sides tune alike."""
+        return rearrange(self.scale * self._means(self.pictures), "f c h w -> 1 c f h w")
+
+    def _means(self, pictures: Tensor) -> Tensor:
         with torch.no_grad():
-            mean = self.vae.encode(self.pictures).latent_dist.mean
-        return rearrange(mean.float() * 0.18215, "f c h w -> 1 c f h w")
+            return self.vae.encode(pictures).latent_dist.mean.float()
 
     def weights(self, kind: str) -> int:
         """Bytes that are there before a step."""

@@ -35,7 +35,6 @@ def write_golden(folder, config, seed=0):
             del norm.forward
 
     scheduler = make_scheduler(4, config["prediction_type"])
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     x0, uncond, cond = randn(1, 4, 3, 8, 8) * 0.8, randn(1, *text), randn(1, *text)
     inversion = [x0.double(), *invert(model, scheduler, x0.double(), uncond.double())]
     sampling = list(sample(model, scheduler, inversion[-1], uncond.double(), cond.double(), 12.5))
