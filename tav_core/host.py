@@ -39,12 +39,10 @@ DRIFT = drift.drift(SYMBOLS, TRIED)
 if DRIFT is not None:
     log.error("Tune-A-Video: %s", DRIFT)
 if TYPE_CHECKING or DRIFT is None:
-    import comfy.cli_args
     import comfy.ldm.modules.attention
     import comfy.lora
     import comfy.model_base
     import comfy.model_management
-    import comfy.model_patcher
     import comfy.model_sampling
     import comfy.patcher_extension
     import comfy.samplers
@@ -312,15 +310,17 @@ def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tens
 def _video_attention(attention: SparseCausal, override: Callable | None, device: torch.device) -> Callable[..., Tensor]:
     """What computes the attention of a video call: another pack's override, else the host's choice.
 
-    On a CPU the host takes one that saves memory where torch's saves more and is three times as fast: there torch's is
-    taken, unless the user has asked for the host's.
+    On a CPU the host, unless told otherwise, takes one that saves memory: torch's saves more, and is three times as
+    fast.
     """
-    asked = comfy.cli_args.args.use_quad_cross_attention or comfy.cli_args.args.use_split_cross_attention
-    torchs = comfy.ldm.modules.attention.attention_pytorch if device.type == "cpu" and not asked else None
+    torchs = comfy.ldm.modules.attention.attention_pytorch if device.type == "cpu" else None
 
     def attend(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        function = partial(override, chosen) if override is not None else torchs or chosen
-        return attention.attend(function, *args, **kwargs)
+        if override is not None:
+            chosen = partial(override, chosen)
+        elif torchs is not None and chosen.__name__ == "attention_sub_quad":
+            chosen = torchs
+        return attention.attend(chosen, *args, **kwargs)
 
     return attend
 

@@ -34,8 +34,6 @@ SYMBOLS = (
         "to sample on a CPU with torch's attention",
         "q, k, v, heads, /, mask, attn_precision",
     ),
-    Symbol("comfy.cli_args:args.use_quad_cross_attention", "to sample with another attention where it is asked for"),
-    Symbol("comfy.cli_args:args.use_split_cross_attention", "to sample with another attention where it is asked for"),
     # --- a MODEL: cloned and patched, never changed ---
     Symbol(
         "comfy.model_patcher:ModelPatcher",
