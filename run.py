@@ -5,6 +5,7 @@
   python run.py test [--browser] [pytest arguments]  run the tests; --browser: those of the page as well
   python run.py serve [--port N] [-- arguments]    run ComfyUI with this pack; what follows -- goes to ComfyUI
   python run.py parity FOLDER...                   compare the pack with reference results in FOLDER
+  python run.py bench                              measure its speed and memory beside the method done plainly
   python run.py evaluate [--quick]                 measure the method on the demo's world
   python run.py train --out FOLDER                 train the demo's model from nothing
   python run.py quality                            measure the demo's model
@@ -477,9 +478,14 @@ def test(arguments: list[str]) -> int:
     return run_with_host(host, [str(python), "-I", "-Xwarn_default_encoding", "-m", "pytest", *arguments], PROJECT)
 
 
-def parity(arguments: list[str]) -> int:
-    host, python = prepare()
-    return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / "parity.py"), *arguments])
+def benchmark(name: str) -> Callable[[list[str]], int]:
+    """A command that runs a program in benchmarks/."""
+
+    def command(arguments: list[str]) -> int:
+        host, python = prepare()
+        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / name), *arguments])
+
+    return command
 
 
 def module(name: str) -> Callable[[list[str]], int]:
@@ -669,7 +675,8 @@ COMMANDS = {
     "demo": demo,
     "test": test,
     "serve": serve,
-    "parity": parity,
+    "parity": benchmark("parity.py"),
+    "bench": benchmark("bench.py"),
     "evaluate": module("demo.evaluate"),
     "train": module("demo.train"),
     "quality": module("demo.quality"),

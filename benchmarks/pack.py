@@ -14,8 +14,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 NAME = "tune_a_video"
 
 
-def load_pack(name: str = NAME) -> ModuleType:
-    """The pack as a package of this name, on the host in the folder that TAV_HOST names (run.py sets it)."""
+def load_pack(name: str = NAME, cpu: bool = False) -> ModuleType:
+    """The pack as a package of this name, on the host in the folder that TAV_HOST names (run.py sets it).
+
+    Args:
+        cpu: whether to have the host use the CPU where there is a GPU.
+    """
     if name in sys.modules:
         return sys.modules[name]
     host = os.environ.get("TAV_HOST")
@@ -29,7 +33,7 @@ def load_pack(name: str = NAME) -> ModuleType:
     import utils  # noqa: F401
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = cpu or not torch.cuda.is_available()
     spec = importlib.util.spec_from_file_location(
         name, PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
     )

@@ -4,6 +4,9 @@ Frames are folded into the batch, as everywhere in an image UNet: `(b f) n c` is
 tokens of width c.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -29,6 +32,45 @@ def sparse_causal(kv: Tensor, frames: int) -> Tensor:
         return repeat(first, "b 1 n c -> (b f) n c", f=frames)
     previous = torch.cat([first, video[:, :-1]], dim=1)
     return rearrange([first.expand_as(video), previous], "s b f n c -> (b f) (s n) c")
+
+
+class SparseCausal:
+    """Sparse-causal attention in one UNet: selects keys and values, and leaves out the work that repeats itself.
+
+    The keys go to whatever computes the attention, so a replacement of it by another pack sees them all. Where it
+    is the UNet's own attention that is called (`attend`), frames 0 and 1, whose two frames are one and the same,
+    are computed together on that frame's keys alone.
+
+    Args:
+        frames: of each video in the batch.
+    """
+
+    def __init__(self, frames: int):
+        self.frames = frames
+        self._keys: Tensor | None = None
+
+    def keys(self, projected: Tensor) -> Tensor:
+        """`sparse_causal` keys, which `attend` will know again."""
+        self._keys = sparse_causal(projected, self.frames)
+        return self._keys
+
+    def values(self, projected: Tensor) -> Tensor:
+        """`sparse_causal` values."""
+        return sparse_causal(projected, self.frames)
+
+    def attend(
+        self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """`function(q, k, v, heads, …)`: an attention of any kind, on `b n c`. All but ours is left to it."""
+        ours, self._keys = k is self._keys, None
+        if not ours or self.frames <= 2 or args or kwargs.get("mask") is not None:
+            return function(q, k, v, heads, *args, **kwargs)
+        tokens = q.shape[1]
+        q, k, v = (rearrange(t, "(b f) n c -> b f n c", f=self.frames) for t in (q, k, v))
+        early = function(q[:, :2].flatten(1, 2), k[:, 0, :tokens], v[:, 0, :tokens], heads, **kwargs)
+        late = function(*(t[:, 2:].flatten(0, 1) for t in (q, k, v)), heads, **kwargs)
+        early, late = early.unflatten(1, (2, tokens)), late.unflatten(0, (-1, self.frames - 2))
+        return torch.cat([early, late], dim=1).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -85,7 +127,7 @@ class TemporalAttention(nn.Module):
         return x + rearrange(h, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 
-def sdpa_override(_function, q: Tensor, k: Tensor, v: Tensor, heads: int, *_args, **_kwargs) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, *_args: Any, **_kwargs: Any) -> Tensor:
     """Torch's attention in place of the one that the host chose for sampling, which may not be differentiable.
 
     Args:

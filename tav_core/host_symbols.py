@@ -29,6 +29,11 @@ SYMBOLS = (
         "to attach sparse-causal attention",
         attributes=("to_q", "to_k", "to_v", "heads", "dim_head"),
     ),
+    Symbol(
+        "comfy.ldm.modules.attention:attention_pytorch",
+        "to sample on a CPU with torch's attention",
+        "q, k, v, heads, /, mask, attn_precision",
+    ),
     # --- a MODEL: cloned and patched, never changed ---
     Symbol(
         "comfy.model_patcher:ModelPatcher",

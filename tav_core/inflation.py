@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .attention import TemporalAttention, sparse_causal
+from .attention import SparseCausal, TemporalAttention
 
 GroupNormMode = Literal["video", "per_frame"]
 GROUP_NORM_MODES: tuple[str, ...] = get_args(GroupNormMode)
@@ -94,12 +94,15 @@ class TemporalLayers(nn.Module):
                 parameter.copy_(tensors[name])
 
 
-def attach(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str) -> list[Any]:
+def attach(
+    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
+) -> tuple[list[Any], SparseCausal]:
     """Register the hooks on one UNet, for a batch of `videos` of `frames` each.
 
-    Returns their handles, whose `remove()` restores the UNet.
+    Returns their handles, whose `remove()` restores the UNet, and what may compute its attention (`attend`).
     """
     handles = []
+    attention = SparseCausal(frames)
 
     def whole(projected: Tensor) -> Tensor:
         if projected.shape[0] != videos * frames:
@@ -111,8 +114,8 @@ def attach(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int,
 
     for block, layer in zip(parts.blocks.values(), temporal.layers, strict=True):
         handles.append(block.attn1.to_q.register_forward_hook(lambda _m, _a, q: whole(q)))
-        for project in (block.attn1.to_k, block.attn1.to_v):
-            handles.append(project.register_forward_hook(lambda _m, _a, kv: sparse_causal(whole(kv), frames)))
+        handles.append(block.attn1.to_k.register_forward_hook(lambda _m, _a, k: attention.keys(whole(k))))
+        handles.append(block.attn1.to_v.register_forward_hook(lambda _m, _a, v: attention.values(whole(v))))
         handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: layer(out, frames)))
 
     if group_norm == "video" and frames > 1:
@@ -127,15 +130,17 @@ def attach(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int,
             handles.append(
                 norm.register_forward_hook(lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames))
             )
-    return handles
+    return handles, attention
 
 
 @contextmanager
-def inflated(parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str) -> Iterator[None]:
-    """The UNet is a video UNet inside this block, and as it was after it, whatever happens."""
-    handles = attach(parts, temporal, videos, frames, group_norm)
+def inflated(
+    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
+) -> Iterator[SparseCausal]:
+    """The UNet is a video UNet inside this block, and as it was after it, whatever happens. See `attach`."""
+    handles, attention = attach(parts, temporal, videos, frames, group_norm)
     try:
-        yield
+        yield attention
     finally:
         for handle in handles:
             handle.remove()
@@ -155,6 +160,24 @@ def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         snapshot = [dict(arg) if isinstance(arg, dict) else arg for arg in args]
         # The UNet draws no random numbers, so there is no random state to preserve.
-        return checkpoint(forward, *snapshot, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            forward, *snapshot, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_sparse_causal_attention
+        )
 
     return run
+
+
+ATTENTIONS = [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+]
+
+
+def _keep_sparse_causal_attention() -> Any:
+    """What a checkpoint keeps all the same: of all that a block computes, it costs most for the memory it takes."""
+
+    def policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        keep = operation in ATTENTIONS and args[1].shape[-2] > args[0].shape[-2]  # more keys than queries
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import host
 from . import memory as memories
-from .attention import sdpa_override
+from .attention import sdpa
 from .inflation import TemporalLayers, attach, checkpoint_stages
 from .tuning import trains
 
@@ -76,7 +76,7 @@ class TrainingUNet:
             self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        attach(parts, self.temporal, 1, frames, inflation.group_norm)
+        _handles, self.attention = attach(parts, self.temporal, 1, frames, inflation.group_norm)
         if gradient_checkpointing:
             checkpoint_stages(parts)
 
@@ -98,7 +98,10 @@ class TrainingUNet:
 
     def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
-        options = {"cond_or_uncond": [0], "optimized_attention_override": sdpa_override}
+        options = {
+            "cond_or_uncond": [0],
+            "optimized_attention_override": lambda _host, *args, **kwargs: self.attention.attend(sdpa, *args, **kwargs),
+        }
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
             return self.unet(latents, t, context=context, transformer_options=options)

@@ -158,19 +158,20 @@ class Training:
             noise, timestep = next(self.draws)
             noisy, target = diffuse(latents, noise.to(latents), float(sigmas[timestep]), prediction_type)
             loss = F.mse_loss(predict(noisy, timestep).float(), target)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"the loss became {loss.item()} at step {number}: tuning was stopped and its result discarded. "
-                    "Lower learning_rate, or set precision to fp32."
-                )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
+            step = Step(number, loss.item(), norm.item())  # here alone a GPU is waited for, before anything changes
+            if not math.isfinite(step.loss):
+                raise FloatingPointError(
+                    f"the loss became {step.loss} at step {number}: tuning was stopped and its result discarded. "
+                    "Lower learning_rate, or set precision to fp32."
+                )
             self.whole = False
             self.optimizer.step()
             if isinstance(self.draws, Draws):
                 self._generator_state = self.draws.generator.get_state()
-            self.reports.append(Step(number, loss.item(), float(norm)))
+            self.reports.append(step)
             self.whole = True
             on_step(self.reports[-1])
 

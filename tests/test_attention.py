@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tune_a_video.tav_core.attention import TemporalAttention, sparse_causal
+from tune_a_video.tav_core.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal
 
 HEADS, DIM = 2, 8
 
@@ -29,6 +29,36 @@ def test_sparse_causal_attends_to_first_and_previous_frame(frames, videos):
             first, previous = video * frames, video * frames + max(frame - 1, 0)
             expected = naive(q[own], torch.cat([k[first], k[previous]]), torch.cat([v[first], v[previous]]))
             torch.testing.assert_close(naive(q[own], keys[own], values[own]), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("videos", [1, 2])
+def test_keys_given_twice_are_left_out(frames, videos):
+    q, k, v = torch.randn(3, videos * frames, 4, DIM, dtype=torch.float64)
+    attention = SparseCausal(frames)
+    keys, values = attention.keys(k), attention.values(v)
+    scores = []
+
+    def function(q, k, v, heads, **options):
+        assert options == {"transformer_options": {}}
+        scores.append(q.shape[0] * q.shape[1] * k.shape[1])
+        return sdpa(q, k, v, heads)
+
+    out = attention.attend(function, q, keys, values, HEADS, transformer_options={})
+    torch.testing.assert_close(out, sdpa(q, keys, values, HEADS))
+    assert sum(scores) == videos * 4 * 4 * (min(frames, 2) + 2 * max(frames - 2, 0))
+
+
+def test_what_is_not_its_attention_is_left_alone():
+    q, k, v = torch.randn(3, 5, 4, DIM)
+    attention = SparseCausal(5)
+    keys, values = attention.keys(k), attention.values(v)
+    seen = []
+    attention.attend(lambda *args, **options: seen.append((args, options)), q, keys.clone(), values, HEADS)
+    attention.attend(lambda *args, **options: seen.append((args, options)), q, attention.keys(k), v, HEADS, mask=q)
+    for args, _options in seen:
+        assert args[0] is q
+    assert [options for _args, options in seen] == [{}, {"mask": q}]
 
 
 def test_temporal_attention_starts_as_an_exact_identity():

@@ -106,3 +106,38 @@ def test_core_saves_a_tuned_model_and_restores_the_base(inflated, tuned, unchang
     for name, tensor in base.items():
         expected = tensor + weights.queries[name] if name in weights.queries else tensor
         torch.testing.assert_close(saved[f"model.diffusion_model.{name}"], expected)
+
+
+def edit(model, clip, prompts):
+    """One guided step from the inverted clip."""
+    with torch.inference_mode():
+        inverted, _noise, _sigmas = editing.invert(model, clip, prompts[0], 1)
+        return editing.sample_video(model, inverted, prompts[1], prompts[0], 1, 3.0)["samples"]
+
+
+def test_another_packs_attention_computes_the_videos(inflated, clip, prompts):
+    seen = set()
+
+    def override(function, q, k, *args, **kwargs):
+        seen.add((tuple(q.shape[:2]), tuple(k.shape[:2])))
+        return function(q, k, *args, **kwargs)
+
+    patched = inflated.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    # The host's attention on a CPU and torch's round in another order.
+    torch.testing.assert_close(edit(patched, clip, prompts), edit(inflated, clip, prompts), rtol=1e-4, atol=1e-4)
+    # Two videos of five frames of 64 tokens: the first two on one frame's keys, the others on two frames'.
+    assert {((2, 128), (2, 64)), ((6, 64), (6, 128))} <= seen
+
+
+def test_a_replaced_attention_sees_all_keys(inflated, clip, prompts):
+    seen = set()
+
+    def replacement(q, k, v, options):
+        seen.add((tuple(q.shape[:2]), tuple(k.shape[:2])))
+        return comfy.ldm.modules.attention.attention_basic(q, k, v, options["n_heads"])
+
+    replaced = inflated.clone()
+    replaced.set_model_attn1_replace(replacement, "input", 1)
+    torch.testing.assert_close(edit(replaced, clip, prompts), edit(inflated, clip, prompts), rtol=1e-4, atol=1e-4)
+    assert seen == {((5, 64), (5, 128)), ((10, 64), (10, 128))}

@@ -6,7 +6,7 @@ import comfy.model_base
 import comfy.supported_models
 import pytest
 import torch
-from small import SD15
+from baseline import SD15
 from torch.profiler import ProfilerActivity, profile
 from tune_a_video.tav_core import editing, host, memory, one_shot, published
 from tune_a_video.tav_core.network import TrainingUNet, estimate_step

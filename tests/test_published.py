@@ -12,10 +12,10 @@ import comfy.model_base
 import comfy.model_detection
 import pytest
 import torch
+from baseline import SD15, VideoUNet
 from comfy.model_patcher import ModelPatcher
-from reference import VideoUNet
 from safetensors.torch import load_file, save_file
-from small import SD15, TINY, meta_unet
+from small import TINY, meta_unet
 from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadPublished, OneShotTune
 from tune_a_video.tav_core import editing, host, library, published
 from tune_a_video.tav_core.apply import apply_weights
@@ -94,12 +94,12 @@ def test_a_second_implementation_reads_the_export_and_computes_the_same(make_mod
     if shape != "deep":
         assert config["attention_head_dim"] == heads
 
-    reference = VideoUNet(wanted)
+    reference = VideoUNet(wanted).double()
     reference.unet.load_state_dict(load_file(folder / name / "unet" / WEIGHTS), strict=True)
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(1, 4, 3, 8, 8, generator=generator)
     context = torch.randn(1, 7, 16, generator=generator)
-    expected = reference(latents, torch.tensor([400]), context)[0].transpose(0, 1)
+    expected = reference(latents.double(), torch.tensor([400]), context.double())[0].transpose(0, 1)
     applied = apply_weights(model, learned)
     with torch.inference_mode():
         host.load(applied)

@@ -3,10 +3,12 @@
 import comfy.model_management
 import pytest
 import torch
-from small import SD15, meta_unet
+from baseline import SD15
+from small import meta_unet
+from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import editing, host, published, tuning
 from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.inflation import TemporalLayers
+from tune_a_video.tav_core.inflation import ATTENTIONS, TemporalLayers
 from tune_a_video.tav_core.network import TrainingUNet
 from tune_a_video.tav_core.one_shot import one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe, Step
@@ -247,3 +249,22 @@ def test_bf16_autocast_is_close_to_fp32(inflated, clip, prompts):
 def test_recipe_out_of_range(recipe):
     with pytest.raises(ValueError, match=next(iter(recipe))):
         Recipe(**recipe)
+
+
+class SparseCausalCalls(TorchDispatchMode):
+    """Counts forward attentions with more keys than queries."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in ATTENTIONS and args[1].shape[-2] > args[0].shape[-2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_checkpointing_does_not_repeat_sparse_causal_attention(inflated, clip, prompts):
+    blocks = len(host.parts_of(host.unet_of(inflated)).blocks)
+    for checkpointing in (False, True):
+        with SparseCausalCalls() as calls:
+            # One token of text: its attention never has more keys than queries.
+            one_shot_tune(inflated, clip, [[prompts[1][0][0][:, :1], {}]], Recipe(2), "fp32", checkpointing, print)
+        assert calls.count == 2 * blocks

@@ -4,8 +4,9 @@ import math
 
 import comfy.sd1_clip
 import torch
+from baseline import SD15
 from comfy.taesd.taesd import TAESD
-from small import SD15, meta_unet
+from small import meta_unet
 from tune_a_video.tav_core import published
 
 STRIDE = 7  # from row to row: rows overlap, but none repeats another
