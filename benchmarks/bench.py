@@ -3,7 +3,8 @@
     python run.py bench [--config small|sd15] [--frames N] [--size PIXELS] [--device cpu|cuda] [--json FILE]
 
 A is the pack, called as its nodes call it; B is `baseline.py`, with the same weights and inputs, and its results are
-checked to be A's. Steps are taken in turn, A B A B …, so that whatever else the machine does meets both. Prints the
+checked to be A's. Steps are taken in turn, A B A B …, so that whatever else the machine does meets both; with
+OMP_NUM_THREADS=1 on a CPU the processor's seconds are counted, which other programs do not stretch. Prints the
 README's table; exits with 1 when the results differ. `--growth` shows instead how time and memory of the pack's steps
 grow with frames and with size.
 
@@ -130,7 +131,7 @@ class Bench:
         return report
 
     def measure(
-        self, kind: str, ours: Any, theirs: Any, start: Any, ask: Callable[[str], None] | None
+        self, kind: str, ours: Any, theirs: Any, start: Any, ask: Callable[[str], float] | None
     ) -> tuple[dict[str, Any], Any]:
         """Everything about one kind of step, and the pack's result; `start`: noisy latents to sample from."""
         times, results = self.in_turn(kind, ours, theirs, start, ask)
@@ -148,7 +149,7 @@ class Bench:
         return figures, results[0]
 
     def in_turn(
-        self, kind: str, ours: Any, theirs: Any, start: Any, ask: Callable[[str], None] | None
+        self, kind: str, ours: Any, theirs: Any, start: Any, ask: Callable[[str], float] | None
     ) -> tuple[list[list[float]], list[Any]]:
         """Seconds of the steps of the pack, the baseline and the reference, and the results of the first two."""
         count = self.options.steps + 1
@@ -161,7 +162,7 @@ class Bench:
         def plain_step() -> None:
             results[1] = next(plain)
 
-        others = [plain_step, *([lambda: ask(kind)] if ask else [])]
+        others = [lambda: seconds(self.device, plain_step), *([lambda: ask(kind)] if ask else [])]
         return interleaved(self.device, loop, *others), results
 
     def work(self, ours: Any, kind: str, start: Any) -> dict[str, int]:
@@ -180,7 +181,8 @@ class Bench:
 
     def peak_of_baseline(self, ours: Any, theirs: Any, kind: str, start: Any) -> int:
         ours.unload(self.device)
-        most = peak(self.device, lambda: list(theirs.steps(kind, 2, start)))
+        steps = theirs.steps(kind, 2, start)  # what is inverted was encoded here
+        most = peak(self.device, lambda: list(steps))
         return most + (theirs.weights(kind) if self.device.type == "cpu" else 0)
 
     def growth(self) -> list[dict[str, Any]]:
@@ -203,8 +205,8 @@ class Bench:
         return points
 
     @contextmanager
-    def reference(self, theirs: Any, case: dict[str, Any]) -> Iterator[Callable[[str], None] | None]:
-        """What has the reference take a step of a kind; None without a checkout."""
+    def reference(self, theirs: Any, case: dict[str, Any]) -> Iterator[Callable[[str], float] | None]:
+        """What has the reference take a step of a kind, and returns its seconds; None without a checkout."""
         if self.options.reference is None:
             yield None
             return
@@ -215,10 +217,11 @@ class Bench:
             stdin, stdout = process.stdin, process.stdout
             assert stdin is not None and stdout is not None
 
-            def ask(kind: str) -> None:
+            def ask(kind: str) -> float:
                 print(kind, file=stdin, flush=True)
-                if not stdout.readline():
+                if not (answer := stdout.readline()):
                     raise SystemExit("bench: the reference ended by itself; its messages above say why.")
+                return float(answer)
 
             try:
                 yield ask

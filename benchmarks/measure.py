@@ -14,8 +14,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 Loop = Callable[[Callable[..., None]], Any]  # takes steps, and calls what it is given after each of them
 
 
-def interleaved(device: torch.device, loop: Loop, *others: Callable[[], Any]) -> list[list[float]]:
-    """Seconds of each step of `loop`, and of a step of each of the `others` after it; the first of all are left out."""
+def interleaved(device: torch.device, loop: Loop, *others: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each step of `loop`, and what each of the `others`, called after it, says that it took.
+
+    The first of all are left out.
+    """
     times: list[list[float]] = [[] for _ in range(1 + len(others))]
     start = None
 
@@ -23,20 +26,27 @@ def interleaved(device: torch.device, loop: Loop, *others: Callable[[], Any]) ->
         nonlocal start
         synchronize(device)
         if start is not None:
-            times[0].append(time.perf_counter() - start)
+            times[0].append(clock(device) - start)
         for step, own in zip(others, times[1:], strict=True):
-            own.append(seconds(device, step))
-        start = time.perf_counter()
+            own.append(step())
+        start = clock(device)
 
     loop(between)
     return [times[0], *(own[1:] for own in times[1:])]
 
 
 def seconds(device: torch.device, call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = clock(device)
     call()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock(device) - start
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of this process where it computes with one thread, which a busy machine does not stretch, else of the
+    world."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:
