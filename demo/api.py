@@ -107,11 +107,11 @@ def refusal(answer: Mapping[str, Any]) -> str:
 
 
 def failure(history: Mapping[str, Any]) -> str | None:
-    """What ended a run before its end, in words; None when nothing did."""
+    """What ended a run before its end, in one line; None when nothing did."""
     messages = dict(history["status"]["messages"])
     if "execution_error" in messages:
         error = messages["execution_error"]
-        return f"{error['node_type']}: {error['exception_message'].strip()}"
+        return f"{error['node_type']}: {' '.join(error['exception_message'].split())}"
     return "the run was cancelled" if "execution_interrupted" in messages else None
 
 
