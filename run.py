@@ -478,22 +478,13 @@ def test(arguments: list[str]) -> int:
     return run_with_host(host, [str(python), "-I", "-Xwarn_default_encoding", "-m", "pytest", *arguments], PROJECT)
 
 
-def benchmark(name: str) -> Callable[[list[str]], int]:
-    """A command that runs a program in benchmarks/."""
+def program(*words: str) -> Callable[[list[str]], int]:
+    """A command that runs a program in benchmarks/ on the host, without its server."""
+    name, *first = words
 
     def command(arguments: list[str]) -> int:
         host, python = prepare()
-        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / name), *arguments])
-
-    return command
-
-
-def module(name: str) -> Callable[[list[str]], int]:
-    """A command that runs a module of the pack, on the host but without its server."""
-
-    def command(arguments: list[str]) -> int:
-        host, python = prepare()
-        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / "pack.py"), name, *arguments])
+        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / name), *first, *arguments])
 
     return command
 
@@ -675,11 +666,11 @@ COMMANDS = {
     "demo": demo,
     "test": test,
     "serve": serve,
-    "parity": benchmark("parity.py"),
-    "bench": benchmark("bench.py"),
-    "evaluate": module("demo.evaluate"),
-    "train": module("demo.train"),
-    "quality": module("demo.quality"),
+    "parity": program("parity.py"),
+    "bench": program("bench.py"),
+    "evaluate": program("pack.py", "demo.evaluate"),
+    "train": program("pack.py", "demo.train"),
+    "quality": program("pack.py", "demo.quality"),
 }
 
 

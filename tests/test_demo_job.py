@@ -4,6 +4,7 @@ import json
 
 import pytest
 from live_server import Server
+from prompts import change
 from tune_a_video.demo import job
 from tune_a_video.demo.api import Refused, find
 
@@ -12,11 +13,6 @@ from tune_a_video.demo.api import Refused, find
 def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("demo")) as server:
         yield server
-
-
-def change(prompt, **inputs):
-    for node in prompt.values():
-        node["inputs"] |= {name: value for name, value in inputs.items() if name in node["inputs"]}
 
 
 def test_the_quickstart_edits_what_it_should_where_it_should(server, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import pytest
 from aiohttp import ClientError
 from live_server import Server
+from prompts import node
 from safetensors.torch import load_file
 
 STEPS = 8
@@ -34,10 +35,6 @@ def graph(steps=STEPS):
         ),
         "save": node("TAVSaveWeights", weights=["tune", 1], filename_prefix="w", precision="fp32"),
     }
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def says(history):

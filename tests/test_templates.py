@@ -6,6 +6,7 @@ import pytest
 from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
 from PIL import Image
+from prompts import change
 from tune_a_video.demo import job
 from tune_a_video.demo.api import to_api
 
@@ -33,9 +34,7 @@ def server(tmp_path_factory):
 def run(server, workflow, **changes):
     """Run it with one step everywhere; returns the videos by their titles."""
     prompt = to_api(workflow, server.get("/object_info"))
-    for node in prompt.values():
-        values = {"steps": 1, **changes}
-        node["inputs"] |= {name: value for name, value in values.items() if name in node["inputs"]}
+    change(prompt, **{"steps": 1, **changes})
     videos, _seconds = job.run(server, prompt)
     return videos
 

@@ -10,6 +10,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.latest._io import Hidden, HiddenHolder
+from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tune_a_video.nodes import ApplyWeights, LoadWeights, OneShotTune, SaveWeights
@@ -325,10 +326,6 @@ def test_folders_of_extra_model_paths(tmp_path, folder, make_weights, model):
 
 
 # --- what the graph says ----------------------------------------------------------------------------------------
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 GRAPH = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
+from prompts import change, node
 from tune_a_video.demo import job
 from tune_a_video.demo.api import Refused, find, to_api
 
@@ -60,8 +61,8 @@ def prompt(server, source):
         "TAVDDIMInvert": {"steps": 2},
         "TAVSampleVideo": {"steps": 2},
     }
-    for node in prompt.values():
-        node["inputs"] |= small.get(node["class_type"], {})
+    for entry in prompt.values():
+        entry["inputs"] |= small.get(entry["class_type"], {})
     return prompt
 
 
@@ -80,8 +81,8 @@ def test_example_workflow_writes_the_edited_video(server, source, prompt):
 
     history = server.run(prompt, on_event)
     assert history["status"]["status_str"] == "success", history["status"]["messages"]
-    for node in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
-        assert progress[node] == (2, 2) and previews[node] >= 1, node
+    for kind in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
+        assert progress[kind] == (2, 2) and previews[kind] >= 1, kind
 
     written = history["outputs"][find(prompt, "SaveVideo")]["images"][0]
     with av.open(str(server.base / "output" / written["subfolder"] / written["filename"])) as video:
@@ -156,17 +157,11 @@ def test_weights_are_kept_described_and_read_again_when_they_change(server, prom
 def test_the_demos_job_on_an_own_clip(server, prompt):
     """`run.py demo --video … --checkpoint …`, made small."""
     own = job.own_clip(server, PROJECT / "demo" / "quickstart.mp4", "a car", "sd15.ckpt", ["a dog", "a cat"])
-    for entry in own.values():
-        small = {"width": SIZE, "height": SIZE, "count": 2, "steps": 1, "stride": 1}
-        entry["inputs"] |= {name: value for name, value in small.items() if name in entry["inputs"]}
+    change(own, width=SIZE, height=SIZE, count=2, steps=1, stride=1)
     videos, _seconds = job.run(server, own)
     assert set(videos) == {"source", "reconstruction", "a dog", "a cat"}
     assert all(video.pictures.shape == (2, SIZE, SIZE, 3) for video in videos.values())
     assert set(job.measure_own(videos)) == {"a dog", "a cat"}
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def drop(prompt, name):
