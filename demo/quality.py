@@ -29,7 +29,9 @@ SEED = 2  # of prompts, noise and pictures; training uses 0, its held-out pictur
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="run.py quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=demo_model.WEIGHTS)
     parser.add_argument("--classifier", type=Path, default=classifier.WEIGHTS)
     parser.add_argument("--out", type=Path, default=Path("."))

@@ -438,7 +438,9 @@ STAGES = {  # and the file that each leaves behind
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="run.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many minutes, to be resumed")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
