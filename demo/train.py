@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import classifier, networks, world
-from .optimizer import Muon
+from .optimizer import Muon, has_bfloat16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HELD_OUT = 1  # seed of the pictures that no training sees; training sees seed 0
@@ -187,7 +187,7 @@ def save_grid(rows: Sequence[Tensor], file: Path) -> None:
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(DEVICE.type, torch.bfloat16)
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=has_bfloat16(DEVICE))
 
 
 # --- autoencoder ----------------------------------------------------------------------------------------------------
