@@ -277,7 +277,9 @@ def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
     wrappers = comfy.patcher_extension.WrappersMP
     clone.remove_wrappers_with_key(wrappers.DIFFUSION_MODEL, KEY)
     clone.remove_wrappers_with_key(wrappers.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _video_call(temporal, inflation.group_norm))
+    # torch.compile does not see that other layers are attached, and would go on with those that it compiled first.
+    video_call = torch.compiler.disable(_video_call(temporal, inflation.group_norm))
+    clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, video_call)
     clone.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, _whole_video)
     clone.set_additional_models(KEY, [patcher])
     clone.set_attachments(KEY, inflation)

@@ -141,3 +141,16 @@ def test_a_replaced_attention_sees_all_keys(inflated, clip, prompts):
     replaced.set_model_attn1_replace(replacement, "input", 1)
     torch.testing.assert_close(edit(replaced, clip, prompts), edit(inflated, clip, prompts), rtol=1e-4, atol=1e-4)
     assert seen == {((5, 64), (5, 128)), ((10, 64), (10, 128))}
+
+
+def test_a_compiled_unet_is_inflated_anew(model, make_weights, clip, prompts):
+    """The compiler keeps what it traced of a module, and takes no notice of what is attached to it later."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")  # as TorchCompileModel, whose backends need a compiler
+    temporal = host.inflation_of(apply_weights(host.inflate(model, "video"), make_weights(model))).temporal
+    for norm in ("video", "per_frame", "video"):
+        inflation = host.Inflation(temporal, norm)
+        plain, fast = (edit(host.with_inflation(base, inflation), clip, prompts) for base in (model, compiled))
+        assert torch.equal(plain, fast)
