@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ddim, drift
-from .attention import SparseCausal
+from .attention import SparseCausal, wide_heads
 from .digest import digest
 from .host_symbols import SYMBOLS, TRIED
 from .inflation import TemporalLayers, UNetParts, inflated
@@ -315,7 +315,7 @@ def _video_attention(attention: SparseCausal, override: Callable | None, device:
     On a CPU the host, unless told otherwise, takes one that saves memory: torch's saves more, and is three times as
     fast.
     """
-    torchs = comfy.ldm.modules.attention.attention_pytorch if device.type == "cpu" else None
+    torchs = wide_heads(comfy.ldm.modules.attention.attention_pytorch) if device.type == "cpu" else None
 
     def attend(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if override is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from . import host
 from . import memory as memories
-from .attention import sdpa
+from .attention import sdpa, wide_heads
 from .inflation import TemporalLayers, attach, checkpoint_stages
 from .tuning import trains
 
@@ -76,7 +77,8 @@ class TrainingUNet:
             self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        _handles, self.attention = attach(parts, self.temporal, 1, frames, inflation.group_norm)
+        _handles, attention = attach(parts, self.temporal, 1, frames, inflation.group_norm)
+        self.attend = partial(attention.attend, wide_heads(sdpa) if model.load_device.type == "cpu" else sdpa)
         if gradient_checkpointing:
             checkpoint_stages(parts)
 
@@ -100,7 +102,7 @@ class TrainingUNet:
         """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
         options = {
             "cond_or_uncond": [0],
-            "optimized_attention_override": lambda _host, *args, **kwargs: self.attention.attend(sdpa, *args, **kwargs),
+            "optimized_attention_override": lambda _host, *args, **kwargs: self.attend(*args, **kwargs),
         }
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)

@@ -1,8 +1,10 @@
 """The two attentions against a reader's version of them: plain loops over frames and tokens."""
 
+from functools import partial
+
 import pytest
 import torch
-from tune_a_video.tav_core.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal
+from tune_a_video.tav_core.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal, wide_heads
 
 HEADS, DIM = 2, 8
 
@@ -91,3 +93,25 @@ def test_reset_draws_from_its_own_generator_and_at_torchs_scale():
     bound = 64**-0.5
     for projection in (layer.attn_temp.to_q, layer.attn_temp.to_k, layer.attn_temp.to_v):
         assert 0.9 * bound < projection.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("width", [3, 4, 8, 16, 20])
+def test_wider_heads_compute_the_same(width):
+    def results(function):
+        inputs = [torch.randn(2, n, HEADS * width, dtype=torch.float64, generator=random) for n in (4, 8, 8)]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        out = function(*inputs, HEADS)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    seen = []
+
+    def attention(q, k, v, heads, **options):
+        seen.append((q.shape[-1] // heads, options))
+        return sdpa(q, k, v, heads)
+
+    random = torch.Generator().manual_seed(0)
+    expected = results(sdpa)
+    random.manual_seed(0)
+    torch.testing.assert_close(results(partial(wide_heads(attention), mask=None)), expected)
+    assert seen == [(max(width, 16), {"mask": None})]
