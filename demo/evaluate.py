@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..tav_core import ddim, editing, host, inflation
+from ..tav_core import ddim, editing, host
 from ..tav_core.apply import apply_weights
+from ..tav_core.attention import SparseCausal
 from ..tav_core.one_shot import one_shot_tune
 from ..tav_core.tuning import Recipe
 from . import classifier, measure, model, sheet, world
@@ -132,7 +133,11 @@ def without_inversion(subject: Subject) -> Edit:
 
 def without_sparse_causal(subject: Subject) -> Edit:
     """Every frame attends to itself, as in the image model; the rest as it is, tuning too."""
-    own_frame = mock.patch.object(inflation, "sparse_causal", lambda kv, _frames: kv)
+
+    def own(_attention: SparseCausal, projected: Tensor) -> Tensor:
+        return projected
+
+    own_frame = mock.patch.multiple(SparseCausal, keys=own, values=own)
     with own_frame:
         video = subject.tune()
         edit = subject.edit_from(video, subject.invert(video))

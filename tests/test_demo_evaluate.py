@@ -1,0 +1,44 @@
+"""The evaluation of the method, short: every way of editing is judged, and the judge knows the truth when it sees it."""
+
+import json
+from itertools import combinations
+
+import pytest
+from tune_a_video.demo import classifier, evaluate, model
+from tune_a_video.tav_core.tuning import Recipe
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(evaluate, "RECIPE", Recipe(steps=2, learning_rate=5e-4))
+    monkeypatch.setattr(evaluate, "STEPS", 2)
+
+
+def test_a_clip_is_edited_in_every_way_and_kept(short, tmp_path, monkeypatch):
+    methods = list(evaluate.METHODS)
+    rows = evaluate.kept(evaluate.Studio(*model.load(), classifier.load()), 0, methods, tmp_path)
+    assert [(row["method"], row["edit"]) for row in rows[:3]] == [(methods[0], head) for head in evaluate.HEADS]
+    assert len(rows) == 3 * (len(methods) + 1)
+    truth = evaluate.summary(rows, evaluate.TRUTH)
+    assert truth["right"] == truth["kept"] == 1 and truth["motion"] > 0.98 and truth["cells"] < 0.5
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("clip_00.json", "clip_00.png"),
+        *(f"clip_00_{head}.png" for head in evaluate.HEADS),
+    }
+    table = evaluate.table(rows, [*methods, evaluate.TRUTH]).splitlines()
+    assert len(table) == 2 + len(methods) + 1 and len({line.count("|") for line in table}) == 1
+    assert evaluate.beside(rows, methods).count("of 3 edits") == len(methods) - 1
+
+    monkeypatch.setattr(evaluate, "run", None)  # what is kept is not computed again
+    assert evaluate.kept(None, 0, methods, tmp_path) == json.loads(json.dumps(rows))
+
+
+def test_a_method_edits_as_it_is_named(short):
+    """Each leaves something else out, so no two edit alike."""
+    studio = evaluate.Studio(*model.load(), classifier.load())
+    motion, thing, place, *_ = evaluate.CLIPS[0]
+    clip = evaluate.world.make_clip(motion, thing, place, frames=3, seed=100)
+    subject = evaluate.Subject(studio, clip, studio.latents(clip.frames))
+    edited = {name: way(subject)("a dog on the beach")["samples"] for name, way in evaluate.METHODS.items()}
+    assert all(samples.shape == (3, 4, 16, 16) for samples in edited.values())
+    assert not any(one.equal(other) for one, other in combinations(edited.values(), 2))
