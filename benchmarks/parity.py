@@ -70,8 +70,8 @@ def figures(folder: Path):
     yield from forward(models, golden)
     yield from loops(models["video"], golden)
     own_names = {own: name for name, own in published.all_names(names).items()}
-    for checkpointing in (False, True):
-        tuned = yield from training(models["video"], golden, own_names, checkpointing)
+    for recompute in ("nothing", "all"):
+        tuned = yield from training(models["video"], golden, own_names, recompute)
     yield "published.roundtrip", roundtrip(model, tuned)
 
 
@@ -136,7 +136,7 @@ def loops(model, golden):
     )
 
 
-def training(model, golden, names, checkpointing):
+def training(model, golden, names, recompute):
     noises, timesteps = [fold(noise) for noise in golden["train.noise"]], golden["train.timesteps"].flatten().tolist()
     steps = []
     weights = one_shot_tune(
@@ -145,11 +145,11 @@ def training(model, golden, names, checkpointing):
         [[golden["train.context"], {}]],
         Recipe(steps=len(golden["train.loss"])),
         "fp32",
-        checkpointing,
+        recompute,
         steps.append,
         lambda: zip(noises, timesteps, strict=True),
     )
-    prefix = "train.checkpointed." if checkpointing else "train."
+    prefix = "train.checkpointed." if recompute == "all" else "train."
     for step, loss, norm in zip(steps, golden["train.loss"], golden["train.grad_norm"], strict=True):
         yield f"{prefix}loss.{step.number}", abs(step.loss - float(loss)) / float(loss)
         yield f"{prefix}grad_norm.{step.number}", abs(step.grad_norm - float(norm)) / float(norm)

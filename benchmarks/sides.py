@@ -165,7 +165,9 @@ class Pack:
                 between()
 
             recipe = Recipe(count)
-            one_shot_tune(self.model, self.latent, self.cond, recipe, "auto", kind == LOW, on_step)
+            one_shot_tune(
+                self.model, self.latent, self.cond, recipe, "auto", "all" if kind == LOW else "nothing", on_step
+            )
             return reports[-1]
         sigmas = ddim.ddim_sigmas(host.model_sigmas(self.model), count)
         scale = float((1 + sigmas[-1] ** 2).sqrt())
@@ -183,7 +185,7 @@ class Pack:
         latent, nothing = self.encode(), lambda *_args: None
         with torch.inference_mode():
             weights = one_shot_tune(
-                self.model, latent, self.cond, Recipe(tuning), "auto", False, nothing, memory="auto"
+                self.model, latent, self.cond, Recipe(tuning), "auto", "nothing", nothing, memory="auto"
             )
             tuned = apply_weights(self.model, weights)
             inverted, _noise, _sigmas = editing.invert(tuned, latent, self.uncond, ddim_steps, nothing)

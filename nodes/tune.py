@@ -168,7 +168,7 @@ class OneShotTune(io.ComfyNode):
         show = host.progress(steps)
         losses: list[float] = []
         drawn = 0.0
-        edit: list[Any] = []  # the frames of the latest preview
+        edit: list[Any] = []  # the frames of the latest preview, the one to show next at the front
         edited = 0  # the step that it was made at
 
         def on_step(step):
@@ -177,7 +177,9 @@ class OneShotTune(io.ComfyNode):
             picture, now = None, time.monotonic()
             if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
                 drawn = now
-                picture = draw(edit[int(now * EDIT_FPS) % len(edit)]) if edit else loss_curve(losses, steps)
+                # One after the other, however slow the steps are.
+                edit[:] = [*edit[1:], *edit[:1]]
+                picture = draw(edit[0]) if edit else loss_curve(losses, steps)
             show(step.number, picture)
 
         def draw(frame):
@@ -185,7 +187,7 @@ class OneShotTune(io.ComfyNode):
 
         def on_edit(step, frames):
             nonlocal edit, edited
-            edit, edited = frames, step
+            edit, edited = list(frames), step
             show(step, draw(edit[0]))
 
         validation = None
@@ -204,7 +206,7 @@ class OneShotTune(io.ComfyNode):
             caption,
             recipe,
             precision,
-            gradient_checkpointing,
+            "nothing",
             on_step,
             saving=Saving(runs_folder(), save_every, reuse == "restart"),
             memory="low" if gradient_checkpointing else memory,

@@ -146,38 +146,50 @@ def inflated(
             handle.remove()
 
 
-def checkpoint_stages(parts: UNetParts) -> None:
-    """Make a *private* UNet recompute its stages in the backward pass instead of keeping their activations.
+# What is recomputed in the backward pass instead of kept: the more, the less memory and the more time.
+Recompute = Literal["nothing", "pointwise", "linear", "all"]
+RECOMPUTE: tuple[str, ...] = get_args(Recompute)
+
+_aten = torch.ops.aten
+_ATTENTIONS = {
+    getattr(_aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+}
+_HEAVY = {_aten.convolution.default, *_ATTENTIONS}
+_LINEAR = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+_KEPT = {"pointwise": _HEAVY | _LINEAR, "linear": _HEAVY, "all": set()}
+
+
+def checkpoint_stages(parts: UNetParts, recompute: str) -> None:
+    """Make a *private* UNet recompute in the backward pass instead of keeping all activations of its stages.
 
     A stage's options dict is copied for each call: the UNet changes it in place from block to block, so a
     recomputation would otherwise see the last block's and silently give wrong gradients.
+
+    Args:
+        recompute: "nothing" changes nothing; "pointwise" norms and activations; "linear" these and linear layers;
+            "all" everything but sparse-causal attention.
     """
-    for stage in parts.stages:
-        stage.forward = _checkpointed(stage.forward)
+    if recompute != "nothing":
+        for stage in parts.stages:
+            stage.forward = _checkpointed(stage.forward, _KEPT[recompute])
 
 
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checkpointed(forward: Callable[..., Tensor], kept: set[Any]) -> Callable[..., Tensor]:
+    def policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        # Of all that a block computes, sparse-causal attention (more keys than queries) costs most for what it takes.
+        keep = operation in kept or (operation in _ATTENTIONS and args[1].shape[-2] > args[0].shape[-2])
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
     def run(*args: Any) -> Tensor:
         snapshot = [dict(arg) if isinstance(arg, dict) else arg for arg in args]
         # The UNet draws no random numbers, so there is no random state to preserve.
         return checkpoint(
-            forward, *snapshot, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_sparse_causal_attention
+            forward,
+            *snapshot,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
         )
 
     return run
-
-
-ATTENTIONS = [
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-]
-
-
-def _keep_sparse_causal_attention() -> Any:
-    """What a checkpoint keeps all the same: of all that a block computes, it costs most for the memory it takes."""
-
-    def policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        keep = operation in ATTENTIONS and args[1].shape[-2] > args[0].shape[-2]  # more keys than queries
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)

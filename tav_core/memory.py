@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .inflation import RECOMPUTE
+
 Memory = Literal["auto", "fast", "low"]
 MEMORY: tuple[str, ...] = get_args(Memory)
 
@@ -123,24 +125,23 @@ def _materialised(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     return parameters
 
 
-def plan(memory: str, estimate: Callable[[bool], Estimate], free: int, frames: int, width: int, height: int) -> bool:
-    """Whether to use gradient checkpointing: the fastest way that `memory` allows and that fits.
+def plan(memory: str, estimate: Callable[[str], Estimate], free: int, frames: int, width: int, height: int) -> str:
+    """What a step recomputes: as little as `memory` allows and as fits.
 
     Args:
-        memory: "auto" takes the fastest that fits, "fast" never uses checkpointing, "low" always does.
-        estimate: of a step with checkpointing (True) or without.
+        memory: "auto" takes the fastest that fits, "fast" recomputes nothing, "low" all.
+        estimate: of a step that recomputes one of `inflation.RECOMPUTE`.
         free: bytes.
         width, height: of the clip, in pixels.
     Raises:
         MemoryError: nothing fits; it says by how much, and what would.
     """
-    for checkpointing in {"auto": (False, True), "fast": (False,), "low": (True,)}[memory]:
-        need = estimate(checkpointing)
-        name = "low (gradient checkpointing)" if checkpointing else "fast"
-        log.info("Tune-A-Video: a step at memory %s needs %s; %s is free", name, need, _gib(free))
+    for recompute in {"auto": RECOMPUTE, "fast": RECOMPUTE[:1], "low": RECOMPUTE[-1:]}[memory]:
+        need = estimate(recompute)
+        log.info("Tune-A-Video: a step that recomputes %s needs %s; %s is free", recompute, need, _gib(free))
         if need.total * HEADROOM <= free:
-            return checkpointing
-    low = need if memory != "fast" else estimate(True)
+            return recompute
+    low = need if memory != "fast" else estimate(RECOMPUTE[-1])
     raise MemoryError(
         f"tuning {frames} frames of {width}x{height} needs {_gib(need.total * HEADROOM)}, {_gib(free)} is free. "
         f"{_what_fits(memory, low, free, frames, width, height)}"

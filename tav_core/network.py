@@ -46,13 +46,11 @@ class TrainingUNet:
     Args:
         frames: f of every batch.
         precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
-        gradient_checkpointing: recompute activations in the backward pass.
+        recompute: in the backward pass (`inflation.checkpoint_stages`).
         blank: have no values, on the meta device, for `memory.estimate`.
     """
 
-    def __init__(
-        self, model: host.ModelPatcher, frames: int, precision: str, gradient_checkpointing: bool, blank: bool = False
-    ):
+    def __init__(self, model: host.ModelPatcher, frames: int, precision: str, recompute: str, blank: bool = False):
         inflation = host.inflation_of(model)
         host_unet = host.unet_of(model)
         self.device = torch.device("cpu") if blank else model.load_device
@@ -79,8 +77,7 @@ class TrainingUNet:
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
         _handles, attention = attach(parts, self.temporal, 1, frames, inflation.group_norm)
         self.attend = partial(attention.attend, wide_heads(sdpa) if model.load_device.type == "cpu" else sdpa)
-        if gradient_checkpointing:
-            checkpoint_stages(parts)
+        checkpoint_stages(parts, recompute)
 
         named = {**dict(self.unet.named_parameters()), **self.temporal.named()}
         self.trainable = {name: parameter for name, parameter in named.items() if trains(name)}
@@ -110,11 +107,11 @@ class TrainingUNet:
 
 
 def estimate_step(
-    model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, gradient_checkpointing: bool
+    model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, recompute: str
 ) -> memories.Estimate:
     """Peak memory of a training step of an inflated model on latents of `shape`, with a caption of `tokens`."""
     width = next(iter(host.parts_of(host.unet_of(model)).blocks.values())).attn2.to_k.in_features
-    network = TrainingUNet(model, shape[0], precision, gradient_checkpointing, blank=True)
+    network = TrainingUNet(model, shape[0], precision, recompute, blank=True)
 
     def loss() -> Tensor:
         context = torch.empty(1, tokens, width)

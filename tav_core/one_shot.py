@@ -73,7 +73,7 @@ def one_shot_tune(
     caption: host.Conditioning,
     recipe: Recipe,
     precision: str,
-    gradient_checkpointing: bool,
+    recompute: str,
     on_step: Callable[[Step], None],
     draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
     *,
@@ -88,12 +88,13 @@ def one_shot_tune(
         latent: LATENT of the clip, at least two frames.
         caption: CONDITIONING with one entry.
         precision: "auto", "fp32" or "bf16".
+        recompute: in the backward pass, one of `inflation.RECOMPUTE`: computes the same with less memory, slower.
         on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
             honoured after each step, too.
         draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
         saving: None saves nothing.
-        memory: "auto", "fast" or "low" estimates first and decides on checkpointing (`memory.plan`); None trusts
-            `gradient_checkpointing`.
+        memory: "auto", "fast" or "low" estimates first and decides what is recomputed (`memory.plan`); None trusts
+            `recompute`.
         validation: None samples nothing.
         tell: called with what the user should know: resumed, reused, not saved, out of memory.
     Raises:
@@ -127,34 +128,34 @@ def one_shot_tune(
             key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
             run = runs.Run(saving.folder, key, recipe.steps)
             state = None if saving.restart else run.load()
-        reports = [] if state is None else reports_of(state)
-        for report in reports:
-            on_step(report)
         if state is not None:
-            if len(reports) == recipe.steps:
-                tell(f"reused: all {recipe.steps} steps were saved")
+            reports = reports_of(state)
+            finished = len(reports) == recipe.steps
+            tell(f"reused: all {recipe.steps} steps were saved" if finished else f"resumed after step {len(reports)}")
+            for report in reports:
+                on_step(report)
+            if finished:
                 return signed(_result(model, weights_of(state), reports, recipe, latents.shape))
-            tell(f"resumed after step {len(reports)}")
         host.unload(device)
         if memory is not None:
-            gradient_checkpointing = _plan(model, latents.shape, context.shape[1], precision, memory)
+            recompute = _plan(model, latents.shape, context.shape[1], precision, memory)
         every = recipe.steps if saving is None else saving.every
         tune = _Tune(
             model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
         )
-        for checkpointing in (True,) if gradient_checkpointing else (False, True):
+        for attempted in dict.fromkeys((recompute, "all")):
             weights = None
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                weights = tune.attempt(checkpointing, state)
+                weights = tune.attempt(attempted, state)
             host.free_memory()  # here, where no traceback holds the network any more
             if weights is not None:
                 return signed(weights)
             state = run and run.load()
-            if not checkpointing:
+            if attempted != "all":
                 start = f"from step {len(reports_of(state))}" if state else "from the start"
-                tell(f"out of memory; tried again with gradient checkpointing, {start}")
+                tell(f"out of memory; tried again with memory low, {start}")
         raise MemoryError(
-            "the device ran out of memory even with gradient checkpointing. Use fewer frames or a smaller size, or "
+            "the device ran out of memory even with memory low. Use fewer frames or a smaller size, or "
             "close what else uses the device; the same graph then runs as usual."
         )
 
@@ -185,10 +186,10 @@ class _Tune:
     saved: int = 0
     last_save: int = 0
 
-    def attempt(self, gradient_checkpointing: bool, state: dict[str, Tensor] | None) -> TunedWeights:
+    def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
         frames = self.latents.shape[0]
-        network = TrainingUNet(self.model, frames, self.precision, gradient_checkpointing)
+        network = TrainingUNet(self.model, frames, self.precision, recompute)
         network.fix_text(self.context)
         draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
         training = Training(network.trainable, self.recipe, draws)
@@ -268,11 +269,11 @@ def _sample_edit(
         return host.pictures_of(model, video["samples"])
 
 
-def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> bool:
-    """Whether to use gradient checkpointing, from an estimate and the host's free memory. See `memory.plan`."""
+def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> str:
+    """What to recompute, from an estimate and the host's free memory. See `memory.plan`."""
 
-    def estimate(gradient_checkpointing: bool) -> memories.Estimate:
-        return estimate_step(model, shape, tokens, precision, gradient_checkpointing)
+    def estimate(recompute: str) -> memories.Estimate:
+        return estimate_step(model, shape, tokens, precision, recompute)
 
     frames, _channels, height, width = shape
     try:
@@ -286,7 +287,7 @@ def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: s
         )
     except RuntimeError as error:  # fake tensors do not know every build of torch: no reason not to tune
         log.warning("Tune-A-Video: memory could not be estimated (%s)", error)
-        return mode != "fast"
+        return "nothing" if mode == "fast" else "all"
 
 
 def _run_key(
@@ -300,7 +301,7 @@ def _run_key(
 ) -> str:
     """What determines a tune's result beside its number of steps, as a digest.
 
-    Gradient checkpointing is left out: it computes the same in another order of work.
+    What is recomputed is left out: the result is the same.
     """
     unet, inflation = host.unet_of(model), host.inflation_of(model)
     return digest(

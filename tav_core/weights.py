@@ -72,7 +72,7 @@ def difference(target: Tensor, base: Tensor) -> Tensor:
 def save_file(weights: TunedWeights, path: Path, precision: str) -> None:
     """Write a safetensors file in "fp32" (exact) or "fp16", whose metadata a person can read.
 
-    Raises ValueError when fp16 cannot hold a value, or the disk the file.
+    Raises ValueError when fp16 cannot hold a value, OSError when the disk cannot hold the file.
     """
     tensors = {
         f"{part}.{name}": tensor.to(PRECISIONS[precision])
@@ -117,7 +117,6 @@ def load_file(path: Path) -> TunedWeights:
 def to_metadata(weights: TunedWeights) -> dict[str, str]:
     """Everything but the tensors, as text; "" stands for what is unknown."""
     recipe = weights.recipe
-    losses = shortened(weights.losses)
     known = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -131,8 +130,8 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
         "group_norm": weights.group_norm,
         "recipe": json.dumps(asdict(recipe)) if recipe else None,
         "seed": recipe.seed if recipe else None,
-        "final_loss": losses[-1] if losses else None,
-        "losses": json.dumps(losses),
+        "final_loss": weights.losses[-1] if weights.losses else None,
+        "losses": json.dumps(shortened(weights.losses)),
         "date": weights.date,
     }
     return {key: "" if value is None else str(value) for key, value in known.items()}

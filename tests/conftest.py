@@ -36,6 +36,14 @@ def core():
     return core_nodes.NODE_CLASS_MAPPINGS
 
 
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path_factory, monkeypatch):
+    """In place of the host's: a test must neither find another's tune there nor push out one of the user's."""
+    folder = tmp_path_factory.mktemp("user")
+    monkeypatch.setattr(host, "user_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture
 def make_model():
     """Build a small MODEL with random weights, as inference tensors, which is what a live server has."""

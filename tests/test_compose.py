@@ -21,7 +21,7 @@ def tuned(inflated, clip, prompts):
     """The weights of a short, strong tune, and the tuned model."""
     with torch.inference_mode():
         recipe = Recipe(steps=3, learning_rate=1e-2)
-        weights = one_shot_tune(inflated, clip, prompts[1], recipe, "fp32", True, lambda _step: None)
+        weights = one_shot_tune(inflated, clip, prompts[1], recipe, "fp32", "all", lambda _step: None)
         return weights, apply_weights(inflated, weights)
 
 

@@ -1,14 +1,16 @@
 """The estimate of memory, the plan made of it, and running out in spite of it."""
 
-import gc
+import weakref
 
 import comfy.model_base
 import comfy.supported_models
+import measure
 import pytest
 import torch
 from baseline import SD15
-from torch.profiler import ProfilerActivity, profile
+from small import random_weights
 from tune_a_video.tav_core import editing, host, memory, one_shot, published
+from tune_a_video.tav_core.inflation import RECOMPUTE
 from tune_a_video.tav_core.network import TrainingUNet, estimate_step
 from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
@@ -21,36 +23,57 @@ MID = {
 }
 
 
-def measured_peak(model, shape, caption, precision, checkpointing):
+def measured_peak(model, shape, caption, precision, recompute):
     """Bytes at the peak of a real tune, from torch's record of every allocation."""
-    gc.collect()  # what earlier tests left would be counted as freed here
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def tune():
         latents = {"samples": torch.randn(shape)}
-        one_shot_tune(model, latents, caption, Recipe(2), precision, checkpointing, lambda _step: None)
-    now = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+        one_shot_tune(model, latents, caption, Recipe(2), precision, recompute, lambda _step: None)
+
+    return measure.peak(model.load_device, tune)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("config", "shape", "precision"),
+    ("config", "shape", "precision", "recompute"),
     [
-        ({}, (5, 4, 8, 8), "fp32"),
-        ({}, (8, 4, 32, 32), "fp32"),
-        ({"use_linear_projection": True, "layers_per_block": 2}, (4, 4, 16, 24), "fp32"),
-        (MID, (4, 4, 32, 32), "fp32"),
-        (MID, (6, 4, 24, 40), "bf16"),
+        *(({}, (5, 4, 8, 8), "fp32", way) for way in ("nothing", "all")),
+        *(({}, (8, 4, 32, 32), "fp32", way) for way in RECOMPUTE),
+        *(({"use_linear_projection": True, "layers_per_block": 2}, (4, 4, 16, 24), "fp32", way) for way in RECOMPUTE),
+        *((MID, (4, 4, 32, 32), "fp32", way) for way in ("nothing", "all")),
+        *((MID, (6, 4, 24, 40), "bf16", way) for way in RECOMPUTE),
     ],
 )
-def test_the_estimate_is_what_a_tune_takes(make_model, prompts, config, shape, precision, checkpointing):
+def test_the_estimate_is_what_a_tune_takes(make_model, prompts, config, shape, precision, recompute):
     model = host.inflate(make_model(**config), "video")
-    estimate = estimate_step(model, torch.Size(shape), 7, precision, checkpointing)
-    peak = measured_peak(model, shape, prompts[0], precision, checkpointing)
+    estimate = estimate_step(model, torch.Size(shape), 7, precision, recompute)
+    peak = measured_peak(model, shape, prompts[0], precision, recompute)
     assert estimate.total == pytest.approx(peak, rel=0.15)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_estimate_is_what_a_tune_takes_on_a_gpu(make_model, prompts, precision, recompute):
+    model = host.inflate(make_model(**MID), "video")
+    shape = (16, 4, 64, 64)  # large beside what the allocator rounds
+    estimate = estimate_step(model, torch.Size(shape), 7, precision, recompute)
+    assert estimate.total == pytest.approx(measured_peak(model, shape, prompts[0], precision, recompute), rel=0.15)
+
+
+@needs_gpu
+def test_stable_diffusion_1_takes_less_than_8_gib_of_a_gpu():
+    """Everything loaded before: 24 frames of 512x512 in low."""
+    config = published.unet_config(SD15)
+    with torch.inference_mode():
+        model = host.inflate(
+            host.build_model(config, random_weights(config, torch.Generator().manual_seed(0))), "video"
+        )
+    host.load(model)
+    text = [[torch.randn(1, 77, 768), {}]]
+    assert measured_peak(model, (24, 4, 64, 64), text, "bf16", "all") < 8 * GIB
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +89,36 @@ def full_size():
 def test_stable_diffusion_1_on_an_8_gib_card(full_size, monkeypatch):
     """By the estimate only: 24 frames of 512x512 in low, as on a GPU."""
     monkeypatch.setattr(full_size, "load_device", torch.device("cuda"))
-    low, fast = (estimate_step(full_size, torch.Size((24, 4, 64, 64)), 77, "bf16", on) for on in (True, False))
+    fast, pointwise, linear, low = (
+        estimate_step(full_size, torch.Size((24, 4, 64, 64)), 77, "bf16", recompute) for recompute in RECOMPUTE
+    )
     assert low.total * memory.HEADROOM < 8 * GIB
-    assert 20 * GIB < fast.total < 40 * GIB
+    assert low.total < linear.total < 0.6 * pointwise.total < 0.4 * fast.total
     assert round(low.states / GIB, 2) == round(2 * 4 * 74.35e6 / GIB, 2)
 
 
-LOW, FAST = (memory.Estimate(GIB, GIB, kept, GIB) for kept in (2 * GIB, 9 * GIB))
+# By what is recomputed: 12, 9, 7 and 5 GiB.
+ESTIMATES = {
+    recompute: memory.Estimate(GIB, GIB, kept * GIB, GIB)
+    for recompute, kept in zip(RECOMPUTE, (9, 6, 4, 2), strict=True)
+}
 
 
 @pytest.mark.parametrize(
-    ("mode", "free", "checkpointing"),
-    [("auto", 20, False), ("auto", 6, True), ("low", 20, True), ("fast", 20, False)],
+    ("mode", "free", "recompute"),
+    [
+        *(("auto", free, recompute) for free, recompute in zip((14, 10, 8, 6), RECOMPUTE, strict=True)),
+        ("low", 20, "all"),
+        ("fast", 20, "nothing"),
+    ],
 )
-def test_the_fastest_plan_that_fits(mode, free, checkpointing):
-    assert memory.plan(mode, lambda on: LOW if on else FAST, free * GIB, 24, 512, 512) == checkpointing
+def test_the_fastest_plan_that_fits(mode, free, recompute, caplog):
+    with caplog.at_level("INFO"):
+        assert memory.plan(mode, ESTIMATES.get, free * GIB, 24, 512, 512) == recompute
+    last = caplog.messages[-1]
+    assert f"recomputes {recompute} needs {ESTIMATES[recompute]}" in last and f"{free}.00 GiB is free" in last
+    for part in ("weights 1.00", "optimizer 1.00", "activations", "block 1.00"):
+        assert part in last
 
 
 @pytest.mark.parametrize(
@@ -94,16 +132,16 @@ def test_the_fastest_plan_that_fits(mode, free, checkpointing):
 )
 def test_what_does_not_fit_says_what_would(mode, free, message):
     with pytest.raises(MemoryError, match=f"tuning 24 frames of 512x512 .*{message}"):
-        memory.plan(mode, lambda on: LOW if on else FAST, free * GIB, 24, 512, 512)
+        memory.plan(mode, ESTIMATES.get, free * GIB, 24, 512, 512)
 
 
 def test_the_advice_is_true(inflated):
     """What the error advises does fit."""
 
     def estimate(frames, side):
-        return lambda on: estimate_step(inflated, torch.Size((frames, 4, side, side)), 7, "fp32", on)
+        return lambda way: estimate_step(inflated, torch.Size((frames, 4, side, side)), 7, "fp32", way)
 
-    free = int(0.6 * estimate(16, 32)(True).total)
+    free = int(0.6 * estimate(16, 32)("all").total)
     with pytest.raises(MemoryError) as error:
         memory.plan("auto", estimate(16, 32), free, 16, 256, 256)
     frames, size = (str(error.value).split("Use ")[1].split(part)[0] for part in (" frames", "."))
@@ -116,19 +154,55 @@ def test_the_host_is_asked_before_step_1(inflated, clip, prompts, monkeypatch, u
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_args: 10_000)
     seen = []
     with unchanged(inflated), torch.inference_mode(), pytest.raises(MemoryError, match="5 frames of 64x64"):
-        one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", False, seen.append, memory="auto")
+        one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", "nothing", seen.append, memory="auto")
     assert not seen
+
+
+def test_the_hosts_models_make_room_before_the_network_is_built(inflated, clip, prompts, monkeypatch):
+    order = []
+
+    def recorded(name, call):
+        return lambda *args, **kwargs: order.append(name) or call(*args, **kwargs)
+
+    monkeypatch.setattr("comfy.model_management.unload_all_models", lambda: order.append("unload"))
+    host.unload(torch.device("cuda"))
+    assert order == ["unload"]
+    order.clear()
+    for module, name in ((host, "unload"), (host, "free_bytes"), (one_shot, "TrainingUNet")):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    with torch.inference_mode():
+        one_shot_tune(inflated, clip, prompts[1], Recipe(1), "fp32", "nothing", print, memory="auto")
+    assert order == ["unload", "free_bytes", "TrainingUNet"]
+
+
+def test_one_bf16_copy_of_what_is_frozen_and_text_projected_once(inflated, clip, prompts):
+    frames = len(clip["samples"])
+    network = TrainingUNet(inflated, frames, "bf16", "nothing")
+    matrices = {name: p for name, p in network.unet.named_parameters() if p.ndim > 1}
+    assert {p.dtype for name, p in matrices.items() if name not in network.trainable} == {torch.bfloat16}
+    assert {p.dtype for p in network.trainable.values()} == {torch.float32}
+    text, noisy = prompts[1][0][0], clip["samples"]
+    with torch.no_grad():
+        network.fix_text(text)
+        assert not any(".attn2.to_k" in name or ".attn2.to_v" in name for name, _ in network.unet.named_parameters())
+        fixed = network(noisy, 500, text.expand(frames, -1, -1))
+        whole = TrainingUNet(inflated, frames, "bf16", "nothing")(noisy, 500, text.expand(frames, -1, -1))
+    assert torch.equal(fixed, whole)
 
 
 @pytest.fixture
 def out_of_memory(monkeypatch):
-    """Make the network run out of memory at chosen calls without checkpointing, and with it."""
+    """Make the network run out of memory at chosen calls when it recomputes nothing, and all."""
+
+    networks = []
 
     def at(fast, low=()):
         class Scarce(TrainingUNet):
-            def __init__(self, model, frames, precision, gradient_checkpointing, blank=False):
-                super().__init__(model, frames, precision, gradient_checkpointing, blank)
-                self.failing, self.calls = low if gradient_checkpointing else fast, 0
+            def __init__(self, model, frames, precision, recompute, blank=False):
+                super().__init__(model, frames, precision, recompute, blank)
+                assert not any(alive() for alive in networks)  # the one that failed takes no memory any more
+                networks.append(weakref.ref(self.unet))
+                self.failing, self.calls = fast if recompute == "nothing" else low, 0
 
             def __call__(self, *args):
                 self.calls += 1
@@ -149,7 +223,7 @@ def tune(model, clip, prompts, told, saving=None, memory=None):
             prompts[1],
             Recipe(4),
             "fp32",
-            False,
+            "nothing",
             lambda _step: None,
             saving=saving,
             memory=memory,
@@ -165,7 +239,7 @@ def test_out_of_memory_is_tried_again_in_low(inflated, clip, prompts, tmp_path, 
     with unchanged(inflated):
         weights = tune(inflated, clip, prompts, told, Saving(tmp_path) if saved else None)
     start = "from step 2" if saved else "from the start"
-    assert told == [f"out of memory; tried again with gradient checkpointing, {start}"]
+    assert told == [f"out of memory; tried again with memory low, {start}"]
     assert weights.losses == pytest.approx(expected.losses, rel=1e-5)
 
 

@@ -36,7 +36,7 @@ def tune(inflated, clip, prompts, folder):
                 prompts[1],
                 Recipe(steps, **recipe),
                 "fp32",
-                True,
+                "all",
                 on_step,
                 saving=saving,
                 tell=run.told.append,
@@ -50,7 +50,7 @@ def tune(inflated, clip, prompts, folder):
 def undisturbed(inflated, clip, prompts):
     def run(steps, **recipe):
         with torch.inference_mode():
-            return one_shot_tune(inflated, clip, prompts[1], Recipe(steps, **recipe), "fp32", True, lambda _step: None)
+            return one_shot_tune(inflated, clip, prompts[1], Recipe(steps, **recipe), "fp32", "all", lambda _step: None)
 
     return run
 
@@ -285,6 +285,21 @@ def test_a_full_disk_does_not_stop_the_tune(tune, folder, undisturbed):
     assert tune.told == ["resumed after step 2"]
 
 
+def test_a_disk_that_is_full_for_real(tmp_path):
+    script = PROJECT / "tests" / "support" / "full_disk.py"
+    mount = f"mount -t tmpfs -o size=4m tmpfs {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no disk of a given size can be mounted here")
+    command = f"{mount} && exec {sys.executable} -I {script} {tmp_path}"
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, encoding="utf-8", timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert all("No space left" in text and "the saved state of step 2 stays" in text for text in report["told"])
+    assert len(report["told"]) == 3 and report["files"] == 1
+    assert report["resumed"] == ["resumed after step 2"]
+    assert report["identical"]
+
+
 def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
     folder.write_text("a file where the folder should be", encoding="utf-8")
     assert len(tune(2).losses) == 2
@@ -312,6 +327,6 @@ def test_killed_at_20_moments_it_ends_as_if_undisturbed(tmp_path):
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["kills"] == 20
     assert report["kills_during_a_save"] >= 5
-    assert report["resumed"] >= 10
+    assert report["continued"] == 20 and report["resumed"] >= 10
     assert report["identical"]
     assert Path(tmp_path, "killed").exists()

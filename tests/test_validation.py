@@ -1,9 +1,13 @@
 """Previews of an edit while tuning."""
 
+from itertools import count
+from types import SimpleNamespace
+
 import comfy.model_management
 import pytest
 import torch
 from tune_a_video.nodes import OneShotTune
+from tune_a_video.nodes import tune as tune_node
 from tune_a_video.tav_core import editing, host
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.one_shot import VALIDATION_CFG, VALIDATION_STEPS, Saving, Validation, one_shot_tune
@@ -21,7 +25,7 @@ def tune(inflated, clip, prompts):
                 prompts[1],
                 Recipe(steps, learning_rate=1e-3),
                 "fp32",
-                True,
+                "all",
                 lambda _step: None,
                 validation=validation,
                 **kwargs,
@@ -109,9 +113,9 @@ def test_a_prompt_of_another_model_is_refused_before_step_1(tune, shown):
         tune(wide)
 
 
-def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, tmp_path, monkeypatch):
+def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, monkeypatch):
     pictures = []
-    monkeypatch.setattr(host, "user_folder", lambda: tmp_path)
+    monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: 1.0))  # the second step comes at once
     monkeypatch.setattr(host, "progress", lambda _steps: lambda _done, picture=None: pictures.append(picture))
     values = {"steps": 3, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 2}
@@ -122,3 +126,18 @@ def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, tm
     square = (WIDTH - EDIT, (HEIGHT - EDIT) // 2, WIDTH, (HEIGHT + EDIT) // 2)
     colours = [len(picture.crop(square).getcolors(EDIT**2)) for picture in pictures]
     assert colours[0] < 500 < min(colours[1:]), "the curve alone, then with a frame of the edit"
+
+
+def test_the_node_shows_every_frame_of_a_preview_in_turn(inflated, clip, prompts, monkeypatch):
+    """However long a step takes."""
+    shown = []
+    seconds = count(step=3.0)
+    monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(tune_node, "curve_with_edit", lambda _losses, _steps, frame, _label: shown.append(frame))
+    values = {"steps": 12, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": False}
+    values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 6}
+    with torch.inference_mode():
+        OneShotTune.execute(inflated, clip, prompts[1], **values)
+    first, *_ = frames = shown[:5]  # from step 6 on
+    assert len({id(frame) for frame in frames}) == 5
+    assert shown[5] is first

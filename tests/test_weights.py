@@ -100,6 +100,7 @@ def test_very_long_loss_curves_are_shortened_to_fit_the_pages_info_panel(make_we
     losses = weights.load_file(folder / "w.safetensors").losses
     assert len(losses) <= 2000
     assert losses == pytest.approx([1 / 3] * len(losses))
+    assert weights.to_metadata(make_weights(model, losses=[1.0] * 3000 + [0.5]))["final_loss"] == "0.5"
 
 
 @pytest.mark.parametrize("strengths", [(0.0, 0.0), (1.0, 0.5), (2.0, 2.0)])

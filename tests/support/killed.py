@@ -1,8 +1,8 @@
 """A tune that is killed at 20 moments, also while it saves, and continued each time: `killed.py FOLDER`.
 
-Prints one line of JSON: how often it was killed, how often during a save, how many of the processes resumed, and
-whether the weights are those of an undisturbed run to the bit. Each process is a fork of this one, so that twenty
-starts cost no imports.
+Prints one line of JSON: how often it was killed, how often during a save, how many of the processes went on from a
+saved state or found none, how many went on, and whether the weights are those of an undisturbed run to the bit. Each
+process is a fork of this one, so that twenty starts cost no imports.
 """
 
 import json
@@ -29,7 +29,7 @@ from tune_a_video.tav_core.tuning import Recipe  # noqa: E402
 STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
 
 
-def tune(folder: Path, tell, on_step=lambda _step: None):
+def tune(folder: Path, tell, on_step=lambda _step: None, steps: int = STEPS):
     config = published.unet_config(TINY)
     generator = torch.Generator().manual_seed(0)
     model = host.inflate(host.build_model(config, random_weights(config, generator)), "video")
@@ -37,7 +37,7 @@ def tune(folder: Path, tell, on_step=lambda _step: None):
     caption = [[torch.randn(1, 7, 16, generator=generator), {}]]
     with torch.inference_mode():
         return one_shot_tune(
-            model, latents, caption, Recipe(STEPS), "fp32", True, on_step, saving=Saving(folder, EVERY), tell=tell
+            model, latents, caption, Recipe(steps), "fp32", "all", on_step, saving=Saving(folder, EVERY), tell=tell
         )
 
 
@@ -107,23 +107,26 @@ def main(folder: Path) -> dict:
     end.unlink()
 
     chance = random.Random(0)
-    kills = during = 0
+    kills = during = continued = 0
     while kills < KILLS:
         during_save = chance.random() < 0.6
         stall = (chance.randint(1, 2), chance.randint(0, PIECES)) if during_save else None
         begun = folder / ("saving" if during_save else "stepping")
         for name in ("saving", "stepping"):
             (folder / name).unlink(missing_ok=True)
+        had_state, told = any((folder / "killed").glob("*.safetensors")), len(written(folder, "told"))
         if not killed(forked(work), begun, 0 if during_save else chance.uniform(0, 0.1)):
             break
         kills += 1
         during += during_save
+        continued += not had_state or len(written(folder, "told")) == told + 1
     stall = None
     os.waitpid(forked(work), 0)
     got = torch.load(end, weights_only=True)
     return {
         "kills": kills,
         "kills_during_a_save": during,
+        "continued": continued,
         "resumed": len(written(folder, "told")),
         "identical": got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got),
     }
