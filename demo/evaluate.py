@@ -39,18 +39,19 @@ STEPS, CFG = 30, 3.0
 FRAMES = 8
 CELL = 8  # pixels of a latent cell
 
-# motion, object, background, and the object, the background and the style that each clip is edited to
+# motion, object, background, and the object, the background and the style that each clip is edited to; "car" leaves the
+# colour open, for the frames to agree about
 CLIPS = [
     ("arc", "red car", "beach", "truck", "snow", "sunset"),
     ("line", "dog", "grass", "cat", "desert", "sketch"),
     ("turn", "penguin", "snow", "chick", "road", "sunset"),
     ("bounce", "frog", "grass", "pumpkin", "beach", "sunset"),
-    ("line", "boat", "water", "truck", "beach", "sketch"),
+    ("line", "boat", "water", "car", "beach", "sketch"),
     ("arc", "red balloon", "city", "blue balloon", "desert", "sunset"),
-    ("zoom", "elephant", "desert", "dog", "grass", "sketch"),
+    ("zoom", "elephant", "desert", "car", "grass", "sketch"),
     ("bounce", "pumpkin", "road", "frog", "snow", "sketch"),
     ("turn", "yellow car", "city", "red car", "road", "sketch"),
-    ("line", "turtle", "beach", "blue car", "grass", "sunset"),
+    ("line", "turtle", "beach", "car", "grass", "sunset"),
     ("zoom", "cat", "forest", "penguin", "city", "sunset"),
     ("arc", "chick", "desert", "turtle", "water", "sketch"),
 ]
@@ -99,7 +100,7 @@ class Subject:
 
     def tune(self) -> host.ModelPatcher:
         video, caption = self.video(), self.studio.encode(self.clip.caption)
-        weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", False, on_step=quiet)
+        weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", "nothing", on_step=quiet)
         return apply_weights(video, weights)
 
     def invert(self, video: host.ModelPatcher) -> dict[str, Any]:

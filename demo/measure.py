@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from .classifier import HEADS, Classifier
-from .world import Array, Scene
+from .world import LOOKS, Array, Scene
 
 MOVES = 2.0  # pixels of standard deviation from which on an axis counts as moving
 
@@ -22,9 +22,10 @@ def labels(judge: Classifier, pictures: Tensor) -> list[dict[str, str]]:
 
 
 def right(judge: Classifier, pictures: Tensor, wanted: Scene) -> dict[str, float]:
-    """Share of the frames that show the wanted object, background and style."""
+    """Share of the frames that show the wanted object (any that its name may mean), background and style."""
     seen = labels(judge, pictures)
-    return {head: sum(frame[head] == getattr(wanted, head) for frame in seen) / len(seen) for head in HEADS}
+    allowed = {"object": LOOKS[wanted.object], "background": (wanted.background,), "style": (wanted.style,)}
+    return {head: sum(frame[head] in allowed[head] for frame in seen) / len(seen) for head in HEADS}
 
 
 def places(judge: Classifier, pictures: Tensor) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tav_core.host_demo import (
@@ -138,3 +138,11 @@ def save(
     }
     half = {name: tensor.detach().cpu().half().contiguous() for name, tensor in weights.items()}
     save_file({**half, IDS: ids}, file, dict(metadata))
+
+
+def load(unet: UNetModel, text: CLIPTextModel, file: Path) -> None:
+    """Read a UNet and a text encoder of the same vocabulary back from what `save` wrote."""
+    weights = load_file(file)
+    for module, prefix in ((unet, UNET_PREFIX), (text, TEXT_PREFIX)):
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        module.load_state_dict({name: tensor.float() for name, tensor in own.items()})

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ RECIPES = {
         "autoencoder": Stage(steps=1500, batch=16, pictures=3000, lr=2e-3, average=100),
         "classifier": Stage(steps=1200, batch=48, pictures=10000, lr=2e-3),
         "text_to_image": Stage(steps=6000, batch=16, pictures=12000, lr=2e-3),
+        "open_colours": Stage(steps=700, batch=16, pictures=12000, lr=1e-3, average=100),
     },
     "cuda": {
         "autoencoder": Stage(steps=8000, batch=64, pictures=20000, lr=2e-3),
         "classifier": Stage(steps=6000, batch=256, pictures=50000, lr=2e-3),
         "text_to_image": Stage(steps=20000, batch=512, pictures=100000, lr=2e-3, average=1000),
+        "open_colours": Stage(steps=2000, batch=512, pictures=100000, lr=1e-3, average=300),
     },
 }
 
@@ -314,20 +316,40 @@ def spoilt(x: Tensor) -> Tensor:
 
 
 def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
-    """Train UNet and text encoder together to find the noise in noisy latents, and write the finished model."""
+    """Train UNet and text encoder together to find the noise in noisy latents."""
+    train_on_captions(stage, out, deadline, "text_to_image", 0)
+
+
+def train_open_colours(stage: Stage, out: Path, deadline: float) -> None:
+    """Go on with half of the captions not telling the object's colour, so that "a car" may be any."""
+    train_on_captions(stage, out, deadline, "open_colours", 0.5, out / STAGES["text_to_image"][1])
+
+
+def train_on_captions(
+    stage: Stage, out: Path, deadline: float, name: str, colourless: float, start: Path | None = None
+) -> None:
+    """Train UNet and text encoder together, and write the finished model.
+
+    Args:
+        colourless: share of captions that leave the object's colour open.
+        start: the model to go on from; None starts from nothing.
+    """
     vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
     vae.load_state_dict(torch.load(out / "vae.pt", map_location=DEVICE, weights_only=True))
     latents = encoded(vae, stage.pictures, out / "latents", 0)
     held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT)
     vocabulary = networks.Vocabulary(world.captions())
     rows = caption_rows(vocabulary, stage.pictures, 0)
+    open_rows = caption_rows(vocabulary, stage.pictures, 0, lambda object: object.split()[-1])
     held_out_rows = caption_rows(vocabulary, 256, HELD_OUT)
     empty = vocabulary.rows([""])[0].to(DEVICE)
 
     torch.manual_seed(1)
     text, unet = networks.new_text_encoder(len(vocabulary)), networks.new_unet()
+    if start is not None:
+        networks.load(unet, text, start)
     network = nn.ModuleDict({"text": text, "unet": unet}).to(DEVICE)
-    training = Training(network, stage, out / "text_to_image.pt", deadline)
+    training = Training(network, stage, out / f"{name}.pt", deadline)
     sigmas = sd_sigmas().to(DEVICE)
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
@@ -343,7 +365,8 @@ def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
 
     def loss() -> Tensor:
         picks = torch.randint(len(latents), (stage.batch,)).to(DEVICE)
-        x, tokens = latents[picks].float(), rows[picks]
+        x = latents[picks].float()
+        tokens = torch.where(torch.rand(stage.batch, 1, device=DEVICE) < colourless, open_rows[picks], rows[picks])
         # A tenth without caption, for guidance; a hundredth of the words unknown.
         words = (tokens != tokens[:, -1:]) & (torch.arange(tokens.shape[1], device=DEVICE) > 0)
         unknown = words & (torch.rand(tokens.shape, device=DEVICE) < 0.01)
@@ -363,15 +386,15 @@ def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
         timesteps = torch.linspace(0, len(sigmas) - 1, len(held_out)).long().to(DEVICE)
         parts = [i.to(DEVICE) for i in torch.randperm(len(held_out), generator=generator).split(32)]
         error = torch.cat([errors(held_out[i].float(), held_out_rows[i], timesteps[i], noise[i]) for i in parts]).mean()
-        tqdm.write(f"text_to_image step {training.step}: error of the noise {error:.4f}")
-        prompts = [world.caption(o, b, s) for o, b, s in sample_prompts()]
+        tqdm.write(f"{name} step {training.step}: error of the noise {error:.4f}")
+        prompts = [world.caption(o, b, s) for o, b, s in sample_prompts(open_colours=colourless > 0)]
         x = sample(predict, vocabulary.rows(prompts).to(DEVICE), empty, sigmas, noise[: len(prompts)])
-        save_grid((vae.decode(x / networks.LATENT_SCALE) / 2 + 0.5).split(8), out / f"samples_{training.step:06d}.png")
+        save_grid((vae.decode(x / networks.LATENT_SCALE) / 2 + 0.5).split(8), out / f"{name}_{training.step:06d}.png")
 
     training.run(loss, show)
     show()
     metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
-    write(out / "model.safetensors", lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
+    write(out / STAGES[name][1], lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
 
 
 @torch.inference_mode()
@@ -389,11 +412,14 @@ def encoded(vae: networks.TAESD, count: int, folder: Path, seed: int, part: int 
     return torch.cat([torch.load(file, weights_only=True) for file in files])[:count].to(DEVICE)
 
 
-def caption_rows(vocabulary: networks.Vocabulary, count: int, seed: int) -> Tensor:
-    """Vocabulary rows of the first `count` pictures' captions, [count, 77]."""
+def caption_rows(
+    vocabulary: networks.Vocabulary, count: int, seed: int, called: Callable[[str], str] = lambda object: object
+) -> Tensor:
+    """Vocabulary rows of the captions of the first `count` pictures, [count, 77]; `called` names their objects."""
     number = {caption: i for i, caption in enumerate(world.captions())}
-    scenes = [number[world.random_scene(seed, i).caption] for i in range(count)]
-    return vocabulary.rows(number)[scenes].to(DEVICE)
+    scenes = (world.random_scene(seed, i) for i in range(count))
+    captions = [number[replace(scene, object=called(scene.object)).caption] for scene in scenes]
+    return vocabulary.rows(number)[captions].to(DEVICE)
 
 
 def sd_sigmas() -> Tensor:
@@ -402,9 +428,13 @@ def sd_sigmas() -> Tensor:
     return ((1 - kept) / kept).sqrt().float()
 
 
-def sample_prompts() -> list[tuple[str, str, str]]:
-    """Each object once, with backgrounds and styles in turn, and one more to fill the grid."""
-    objects = [*world.OBJECTS, world.OBJECTS[0]]
+def sample_prompts(open_colours: bool) -> list[tuple[str, str, str]]:
+    """Each object once, with backgrounds and styles in turn, and one more to fill the grid.
+
+    Args:
+        open_colours: names without a colour instead.
+    """
+    objects = [object.split()[-1] if open_colours else object for object in (*world.OBJECTS, world.OBJECTS[0])]
     return list(zip(objects, list(world.BACKGROUNDS) * 2, ["plain", "sketch", "plain", "sunset"] * 4, strict=True))
 
 
@@ -433,7 +463,8 @@ def sample(
 STAGES = {  # and the file that each leaves behind
     "autoencoder": (train_autoencoder, "vae.pt"),
     "classifier": (train_classifier, "classifier.safetensors"),
-    "text_to_image": (train_text_to_image, "model.safetensors"),
+    "text_to_image": (train_text_to_image, "colours_told.safetensors"),
+    "open_colours": (train_open_colours, "model.safetensors"),
 }
 
 

@@ -41,6 +41,11 @@ OBJECTS = (
     *("red car", "blue car", "yellow car", "red balloon", "blue balloon", "truck", "boat", "dog", "cat", "elephant"),
     *("penguin", "turtle", "chick", "frog", "pumpkin"),
 )
+# What a caption may call an object, and the objects that it may mean: "car" leaves the colour open.
+LOOKS = {
+    name: tuple(object for object in OBJECTS if name in (object, object.split()[-1]))
+    for name in (*OBJECTS, *dict.fromkeys(object.split()[-1] for object in OBJECTS))
+}
 BACKGROUNDS = {
     "beach": "on the beach",
     "grass": "on the grass",
@@ -60,6 +65,7 @@ class Scene:
     """Everything that a picture shows.
 
     Attributes:
+        object: its name in `LOOKS`; where that means several objects, the seed chooses one.
         x, y: centre of the object.
         size: the object's longer side.
         flip: facing right; the sprites face left.
@@ -79,6 +85,12 @@ class Scene:
     def caption(self) -> str:
         return caption(self.object, self.background, self.style)
 
+    @property
+    def look(self) -> str:
+        """The one of OBJECTS that is drawn."""
+        looks = LOOKS[self.object]
+        return looks[self.seed % len(looks)]
+
 
 class Clip(NamedTuple):
     """A moving scene and the truth about it: pictures uint8 [f, h, w, 3]; centres of the object in pixels [f, 2]."""
@@ -97,7 +109,7 @@ def caption(object: str, background: str, style: str = "plain") -> str:
 
 def scenes() -> Iterator[Scene]:
     """One scene of every caption of the world."""
-    return (Scene(o, b, s) for o in OBJECTS for b in BACKGROUNDS for s in STYLES)
+    return (Scene(o, b, s) for o in LOOKS for b in BACKGROUNDS for s in STYLES)
 
 
 def captions() -> Iterator[str]:
@@ -126,7 +138,7 @@ def render(scene: Scene, side: int = SIDE) -> Array:
     if not scene.object.endswith("balloon"):
         picture *= _shadow(scene, side)
     picture = Image.fromarray(_bytes(picture))
-    sprite, _ = _sprite(scene.object)
+    sprite, _ = _sprite(scene.look)
     # Where each pixel of the picture lies in the sprite.
     scale = CELL / (scene.size * side)
     mirrored = -scale if scene.flip else scale
@@ -159,7 +171,7 @@ def _sprite(object: str) -> tuple[Image.Image, float]:
 def _shadow(scene: Scene, side: int) -> Array:
     """What the object's shadow on the ground leaves of the light, [side, side, 1]."""
     x, y = _grid(side)
-    foot = scene.y + 0.5 * scene.size * _sprite(scene.object)[1] - 0.01
+    foot = scene.y + 0.5 * scene.size * _sprite(scene.look)[1] - 0.01
     distance = ((x - scene.x) / (0.42 * scene.size)) ** 2 + ((y - foot) / 0.045) ** 2
     return 1 - 0.45 * np.clip(1.4 - distance, 0, 1)[..., None]
 
@@ -370,11 +382,14 @@ def make_clip(
 ) -> Clip:
     """A clip of one object moving over a background that stays; the seed chooses the object's size and the details.
 
-    Raises ValueError when the world has no such object, background, style or motion.
+    Raises ValueError when the world has no such object, background, style or motion, or a number is out of range.
     """
+    for what, number, least in (("frames", frames, 1), ("side", side, 8), ("seed", seed, 0)):
+        if number < least:
+            raise ValueError(f"{what} is {number}; a clip of the demo's world needs at least {least}.")
     for what, name, names in (
         ("motion", motion, MOTIONS),
-        ("object", object, OBJECTS),
+        ("object", object, LOOKS),
         ("background", background, BACKGROUNDS),
         ("style", style, STYLES),
     ):

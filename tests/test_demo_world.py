@@ -17,7 +17,16 @@ def test_a_stream_of_scenes_is_seeded():
 def test_captions():
     assert world.caption("red car", "beach") == "a red car on the beach"
     assert world.caption("elephant", "city", "sketch") == "an elephant in the city, pencil sketch"
-    assert len(set(world.captions())) == len(world.OBJECTS) * len(world.BACKGROUNDS) * len(world.STYLES)
+    assert len(set(world.captions())) == len(world.LOOKS) * len(world.BACKGROUNDS) * len(world.STYLES)
+
+
+def test_a_caption_without_a_colour_leaves_it_open():
+    assert world.LOOKS["balloon"] == ("red balloon", "blue balloon") and world.LOOKS["dog"] == ("dog",)
+    scenes = [Scene("car", "snow", seed=seed) for seed in range(6)]
+    assert {scene.caption for scene in scenes} == {"a car in the snow"}
+    assert {scene.look for scene in scenes} == {"red car", "blue car", "yellow car"}
+    for scene in scenes:
+        assert np.array_equal(world.render(scene), world.render(Scene(scene.look, "snow", seed=scene.seed)))
 
 
 @pytest.mark.parametrize("object", world.OBJECTS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import traceback
 from dataclasses import replace
@@ -13,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack import PROJECT
 from safetensors.torch import load_file, save
+from tune_a_video.demo import world
 from tune_a_video.nodes import (
     ApplyWeights,
+    CompareVideos,
     DDIMInvert,
+    DemoClip,
     ExportPublished,
     InflateUNet,
     LoadPublished,
@@ -167,9 +171,12 @@ def test_a_pipe_is_not_opened(folder):
 
 
 def examples(count):
-    """Run a test on so many random inputs, the same in every run."""
+    """Run a test on so many random inputs, the same in every run: 2,000 of nodes in all, and 550 of files."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=[*checks])
+
+
+OURS = [PROJECT / name for name in ("tav_core", "nodes", "demo")]
 
 
 def ends_well(run):
@@ -182,7 +189,7 @@ def ends_well(run):
         assert "\n" not in message and 20 < len(message) < 400, message
         # Our own words, not those of what is inside.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        assert raised_in.parent in (PROJECT / "tav_core", PROJECT / "nodes"), raised_in
+        assert raised_in.parent in OURS, raised_in
         return None
 
 
@@ -332,6 +339,12 @@ def test_tune_with_any_inputs(data, models):
             data.draw(st.booleans()),
             data.draw(mostly(0.01, numbers)),
             data.draw(mostly(1.0, numbers)),
+            data.draw(st.sampled_from(["auto", "restart"])),
+            data.draw(st.integers(1, 3)),
+            data.draw(st.sampled_from(["auto", "fast", "low"])),
+            data.draw(st.integers(1, 3)),
+            data.draw(st.none() | conditionings()),
+            data.draw(st.none() | conditionings()),
         )
     )
 
@@ -370,6 +383,36 @@ def test_save_and_load_under_any_name(trap, models, make_weights, name, precisio
     ends_well(lambda: LoadWeights.execute(name))
     after = {path: path.stat().st_mtime_ns for path in trap.parent.rglob("*") if not path.is_relative_to(trap)}
     assert after == outside
+
+
+@examples(200)
+@given(name=names, data=st.data())
+def test_export_under_any_name(trap, models, make_weights, name, data):
+    base, learned = data.draw(mostly(models[3], which(models))), make_weights(data.draw(which(models)))
+    saved = ends_well(lambda: ExportPublished.execute(base, learned, name).result[0])
+    if saved is not None:
+        assert (trap / saved).resolve().is_relative_to(trap.resolve())
+        ends_well(lambda: LoadPublished.execute(base, saved))
+        shutil.rmtree(trap / saved)
+
+
+@examples(150)
+@given(data=st.data())
+def test_compare_with_any_inputs(data):
+    videos = {f"video_{i}": data.draw(mostly(randn(2, 8, 6, 3), tensors(4))) for i in (1, 2)}
+    videos |= {f"video_{i}": data.draw(st.none() | tensors(4)) for i in range(3, 7)}
+    ends_well(lambda: CompareVideos.execute(data.draw(mostly("a\nb", st.text(max_size=40))), **videos))
+
+
+@examples(200)
+@given(data=st.data())
+def test_demo_clip_with_any_inputs(data):
+    def name(good, names):
+        return data.draw(mostly(good, st.sampled_from(list(names)) | st.text(max_size=5)))
+
+    parts = name("arc", world.MOTIONS), name("dog", world.LOOKS), name("snow", world.BACKGROUNDS)
+    counts = data.draw(mostly(2, st.integers(-2, 4))), data.draw(mostly(64, st.integers(-8, 80)))
+    ends_well(lambda: DemoClip.execute(*parts, *counts, data.draw(mostly(0, st.integers()))))
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6))
