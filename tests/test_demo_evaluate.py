@@ -1,4 +1,4 @@
-"""The evaluation of the method, short: every way of editing is judged, and the judge knows the truth when it sees it."""
+"""The evaluation of the method, short: every way to edit is judged, and the judge knows the truth when it sees it."""
 
 import json
 from itertools import combinations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from killed import tune  # noqa: E402
+from killed import tune
 
 
 def main(disk: Path) -> dict:
