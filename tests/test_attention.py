@@ -115,3 +115,9 @@ def test_wider_heads_compute_the_same(width):
     random.manual_seed(0)
     torch.testing.assert_close(results(partial(wide_heads(attention), mask=None)), expected)
     assert seen == [(max(width, 16), {"mask": None})]
+
+    seen.clear()
+    with torch.no_grad():
+        inputs = [torch.randn(2, n, HEADS * width, dtype=torch.float64, generator=random) for n in (4, 8, 8)]
+        torch.testing.assert_close(wide_heads(attention)(*inputs, HEADS), sdpa(*inputs, HEADS))
+    assert len(seen) == (2 if width < 16 else 1)  # one of the batch after the other
