@@ -220,7 +220,8 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
 def kept(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
     """`run`, whose figures are kept: a long evaluation can be stopped, looked at, and gone on with."""
     file = out / f"clip_{number:02d}.json"
-    setting = {"methods": methods, "recipe": asdict(RECIPE), "steps": STEPS, "cfg": CFG, "frames": FRAMES}
+    setting = {"clip": list(CLIPS[number]), "methods": methods, "recipe": asdict(RECIPE), "steps": STEPS, "cfg": CFG}
+    setting["frames"] = FRAMES
     if file.exists():
         done = json.loads(file.read_text(encoding="utf-8"))
         if done["setting"] == setting:

@@ -1,5 +1,5 @@
-"""Make docs/icon.png and docs/banner.png, which the ComfyUI registry shows, from docs/demo.png. Run again when that
-picture changes; the results are committed.
+"""Make docs/icon.png and docs/banner.png, which the ComfyUI registry shows, from docs/demo.png, which is
+`clip_00.png` of `python run.py evaluate`. Run again when that picture changes; the results are committed.
 
 python benchmarks/pack.py demo.make_banner
 """
@@ -12,8 +12,8 @@ from .sheet import LABEL
 from .world import SIDE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-FRAMES = 4  # in a row of the demo's contact sheet
-SOURCE, SNOW, SUNSET = 0, 3, 4  # its rows
+FRAMES = 4  # in a row of the contact sheet
+SOURCE, SNOW, SUNSET = 0, 2, 3  # its rows
 
 NIGHT, INK, QUIET = "#16181d", "#ffffff", "#a9b2c3"
 FILM, HOLE = "#000000", "#e8e4da"
