@@ -472,10 +472,8 @@ def test(arguments: list[str]) -> int:
         arguments = [argument for argument in arguments if argument != "--browser"]
         os.environ["TAV_BROWSER"] = prepare_browser(python)
         os.environ["TAV_FRONTEND"] = str(prepare_translated_page(python))
-    # On a busy machine two threads of one small operation wait for each other far longer than one would compute: a
-    # process a core instead, each with test files of its own (-n 0 after `test`: one process, as a debugger wants it).
+    # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arguments = ["--numprocesses", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", *arguments]
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.
     return run_with_host(host, [str(python), "-I", "-Xwarn_default_encoding", "-m", "pytest", *arguments], PROJECT)
 

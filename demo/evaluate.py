@@ -232,7 +232,7 @@ def kept(studio: Studio, number: int, methods: list[str], out: Path) -> list[dic
 
 
 def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """Means of shares, features and flicker, medians of motion and place, as the table shows them."""
+    """Means of shares, medians of the rest, as the table shows them; of consistency and flicker also means."""
     mine = [row for row in rows if row["method"] == method]
     by_edit = {head: np.mean([row["right"] for row in mine if row["edit"] == head]) for head in HEADS}
     return {
@@ -241,35 +241,38 @@ def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
         "kept": float(np.mean([row["kept"] for row in mine])),
         "motion": float(np.nanmedian([row["motion"] for row in mine])),
         "cells": float(np.median([row["cells"] for row in mine])),
-        "consistency": float(np.mean([row["consistency"] for row in mine])),
-        "flicker": float(np.mean([row["flicker"] for row in mine])),
+        **{name: float(np.median([row[name] for row in mine])) for name in ("consistency", "flicker")},
+        **{f"mean {name}": float(np.mean([row[name] for row in mine])) for name in ("consistency", "flicker")},
     }
 
 
 def table(rows: list[dict[str, Any]], methods: list[str]) -> str:
     """The comparison in Markdown."""
     heads = ["right object", "right background", "right style", "right edit", "rest kept"]
-    heads += ["motion correlation", "position error, cells", "frame consistency", "flicker on the path"]
+    heads += ["motion correlation", "position error, cells", "frame consistency (mean)", "flicker on the path (mean)"]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for method in methods:
         s = summary(rows, method)
         cells = [f"{100 * s[f'right {head}']:.0f} %" for head in HEADS]
         cells += [f"{100 * s['right']:.0f} %", f"{100 * s['kept']:.0f} %"]
-        cells += [f"{s['motion']:.3f}", f"{s['cells']:.2f}", f"{s['consistency']:.3f}", f"{s['flicker']:.1f}"]
+        cells += [f"{s['motion']:.3f}", f"{s['cells']:.2f}", f"{s['consistency']:.3f} ({s['mean consistency']:.3f})"]
+        cells.append(f"{s['flicker']:.1f} ({s['mean flicker']:.1f})")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def beside(rows: list[dict[str, Any]], methods: list[str]) -> str:
-    """How many edits the first method does better than each other one: nearer to the path, and with less flicker."""
+    """In how many edits the first method is better than each other one: frames alike, near to the path, no flicker."""
     lines = []
     by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
     first, *others = methods
     for method in others:
         pairs = list(zip(by_method[first], by_method[method], strict=True))
-        better = [sum(mine[name] < theirs[name] for mine, theirs in pairs) for name in ("cells", "flicker")]
+        alike = sum(mine["consistency"] > theirs["consistency"] for mine, theirs in pairs)
+        near, calm = (sum(mine[name] < theirs[name] for mine, theirs in pairs) for name in ("cells", "flicker"))
         lines.append(
-            f"{first} beside {method}: nearer in {better[0]}, less flicker in {better[1]} of {len(pairs)} edits"
+            f"{first} beside {method}: more consistent in {alike}, nearer in {near}, less flicker in {calm} of "
+            f"{len(pairs)} edits"
         )
     return "\n".join(lines)
 

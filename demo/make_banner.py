@@ -1,5 +1,5 @@
 """Make docs/icon.png and docs/banner.png, which the ComfyUI registry shows, from docs/demo.png, which is
-`clip_00.png` of `python run.py evaluate`. Run again when that picture changes; the results are committed.
+`clip_02.png` of `python run.py evaluate`. Run again when that picture changes; the results are committed.
 
 python benchmarks/pack.py demo.make_banner
 """
@@ -13,7 +13,7 @@ from .world import SIDE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FRAMES = 4  # in a row of the contact sheet
-SOURCE, SNOW, SUNSET = 0, 2, 3  # its rows
+SOURCE, PLACE, STYLE = 0, 2, 3  # its rows
 
 NIGHT, INK, QUIET = "#16181d", "#ffffff", "#a9b2c3"
 FILM, HOLE = "#000000", "#e8e4da"
@@ -60,7 +60,7 @@ def strip(sheet: Image.Image, row: int, side: int, band: int, gap: int) -> Image
 def banner(sheet: Image.Image) -> Image.Image:
     """The clip and two edits, one moment below the other."""
     canvas = Image.new("RGB", BANNER, NIGHT)
-    for i, row in enumerate((SOURCE, SNOW, SUNSET)):
+    for i, row in enumerate((SOURCE, PLACE, STYLE)):
         film = strip(sheet, row, side=130, band=16, gap=8)
         canvas.paste(film, (BANNER[0] - film.width - 36, 12 + i * (film.height + 15)), film)
     draw = ImageDraw.Draw(canvas)
@@ -76,7 +76,7 @@ def icon(sheet: Image.Image) -> Image.Image:
     band = 44
     side = ICON - 2 * band
     film = perforated(ICON, ICON, band, 6, inset=32).rotate(90)
-    before, after = (frame(sheet, row, 1, side) for row in (SOURCE, SUNSET))
+    before, after = (frame(sheet, row, 1, side) for row in (SOURCE, STYLE))
     half = Image.new("L", (side * SMOOTH, side * SMOOTH))
     corners = [(0.62 * half.width, 0), (half.width, 0), half.size, (0.38 * half.width, half.height)]
     ImageDraw.Draw(half).polygon(corners, fill=255)
