@@ -6,6 +6,7 @@ words of the world's captions are kept, and one row for all others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,14 @@ def load(file: Path = WEIGHTS) -> tuple[host.ModelPatcher, Any, Any]:
     weights[ROWS] = rows[-1].repeat(VOCABULARY, 1)
     weights[ROWS][ids] = rows[:-1]
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        named = ((name.removeprefix(prefix), tensor) for name, tensor in weights.items() if name.startswith(prefix))
-        return {name: tensor.float() for name, tensor in named}
-
     return (
-        host.build_model(UNET, part(UNET_PREFIX)),
-        host.build_clip(TEXT, part(TEXT_PREFIX)),
-        host.build_vae(part(VAE_PREFIX)),
+        host.build_model(UNET, part(weights, UNET_PREFIX)),
+        host.build_clip(TEXT, part(weights, TEXT_PREFIX)),
+        host.build_vae(part(weights, VAE_PREFIX)),
     )
+
+
+def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it, in float32."""
+    named = ((name.removeprefix(prefix), tensor) for name, tensor in weights.items() if name.startswith(prefix))
+    return {name: tensor.float() for name, tensor in named}

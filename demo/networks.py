@@ -23,7 +23,7 @@ from ..tav_core.host_demo import (
     attention_basic,
     disable_weight_init,
 )
-from .model import IDS, TEXT, TEXT_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, WIDTH
+from .model import IDS, TEXT, TEXT_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, WIDTH, part
 
 LATENT_SCALE = LatentFormatSD15().scale_factor
 TEXT_FIXED = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
@@ -93,10 +93,10 @@ DIFFERENTIABLE = {"optimized_attention_override": _plain_attention}
 
 def _default_weights(module: nn.Module) -> None:
     """torch's own initial weights, which the host's layers leave out."""
-    for part in module.modules():
+    for layer in module.modules():
         for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
-            if isinstance(part, kind):
-                kind.reset_parameters(part)
+            if isinstance(layer, kind):
+                kind.reset_parameters(layer)
 
 
 def _zero(module: nn.Module) -> None:
@@ -143,6 +143,5 @@ def save(
 def load(unet: UNetModel, text: CLIPTextModel, file: Path) -> None:
     """Read a UNet and a text encoder of the same vocabulary back from what `save` wrote."""
     weights = load_file(file)
-    for module, prefix in ((unet, UNET_PREFIX), (text, TEXT_PREFIX)):
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        module.load_state_dict({name: tensor.float() for name, tensor in own.items()})
+    unet.load_state_dict(part(weights, UNET_PREFIX))
+    text.load_state_dict(part(weights, TEXT_PREFIX))

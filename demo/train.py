@@ -340,7 +340,7 @@ def train_on_captions(
     held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT)
     vocabulary = networks.Vocabulary(world.captions())
     rows = caption_rows(vocabulary, stage.pictures, 0)
-    open_rows = caption_rows(vocabulary, stage.pictures, 0, lambda object: object.split()[-1])
+    open_rows = caption_rows(vocabulary, stage.pictures, 0, world.colourless)
     held_out_rows = caption_rows(vocabulary, 256, HELD_OUT)
     empty = vocabulary.rows([""])[0].to(DEVICE)
 
@@ -434,7 +434,7 @@ def sample_prompts(open_colours: bool) -> list[tuple[str, str, str]]:
     Args:
         open_colours: names without a colour instead.
     """
-    objects = [object.split()[-1] if open_colours else object for object in (*world.OBJECTS, world.OBJECTS[0])]
+    objects = [world.colourless(object) if open_colours else object for object in (*world.OBJECTS, world.OBJECTS[0])]
     return list(zip(objects, list(world.BACKGROUNDS) * 2, ["plain", "sketch", "plain", "sunset"] * 4, strict=True))
 
 

@@ -41,10 +41,17 @@ OBJECTS = (
     *("red car", "blue car", "yellow car", "red balloon", "blue balloon", "truck", "boat", "dog", "cat", "elephant"),
     *("penguin", "turtle", "chick", "frog", "pumpkin"),
 )
+
+
+def colourless(object: str) -> str:
+    """An object's name without its colour."""
+    return object.split()[-1]
+
+
 # What a caption may call an object, and the objects that it may mean: "car" leaves the colour open.
 LOOKS = {
-    name: tuple(object for object in OBJECTS if name in (object, object.split()[-1]))
-    for name in (*OBJECTS, *dict.fromkeys(object.split()[-1] for object in OBJECTS))
+    name: tuple(object for object in OBJECTS if name in (object, colourless(object)))
+    for name in (*OBJECTS, *map(colourless, OBJECTS))
 }
 BACKGROUNDS = {
     "beach": "on the beach",

@@ -1,5 +1,6 @@
 import logging
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +169,7 @@ class OneShotTune(io.ComfyNode):
         show = host.progress(steps)
         losses: list[float] = []
         drawn = 0.0
-        edit: list[Any] = []  # the frames of the latest preview, the one to show next at the front
+        edit: deque[Any] = deque()  # the frames of the latest preview, the one that is shown in front
         edited = 0  # the step that it was made at
 
         def on_step(step):
@@ -178,7 +179,7 @@ class OneShotTune(io.ComfyNode):
             if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
                 drawn = now
                 # One after the other, however slow the steps are.
-                edit[:] = [*edit[1:], *edit[:1]]
+                edit.rotate(-1)
                 picture = draw(edit[0]) if edit else loss_curve(losses, steps)
             show(step.number, picture)
 
@@ -187,7 +188,7 @@ class OneShotTune(io.ComfyNode):
 
         def on_edit(step, frames):
             nonlocal edit, edited
-            edit, edited = list(frames), step
+            edit, edited = deque(frames), step
             show(step, draw(edit[0]))
 
         validation = None

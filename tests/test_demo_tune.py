@@ -17,7 +17,6 @@ from tune_a_video.nodes import (
     SampleVideo,
     SaveWeights,
 )
-from tune_a_video.tav_core import host
 
 DEFAULTS = {
     "steps": 3,
@@ -61,12 +60,11 @@ def demo():
 
 
 @pytest.fixture
-def tune(demo, tmp_path, monkeypatch):
+def tune(demo, user_folder):
     model, latents, caption, encode = demo
-    monkeypatch.setattr(host, "user_folder", lambda: tmp_path)
 
     def run(group_norm="video", **options):
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # each trains; none is reused
+        shutil.rmtree(user_folder / "runs", ignore_errors=True)  # each trains; none is reused
         with torch.inference_mode():
             inflated = InflateUNet.execute(model, group_norm).args[0]
             return OneShotTune.execute(inflated, latents, encode(caption), **{**DEFAULTS, **options}).args

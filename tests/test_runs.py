@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -287,10 +288,10 @@ def test_a_full_disk_does_not_stop_the_tune(tune, folder, undisturbed):
 
 def test_a_disk_that_is_full_for_real(tmp_path):
     script = PROJECT / "tests" / "support" / "full_disk.py"
-    mount = f"mount -t tmpfs -o size=4m tmpfs {tmp_path}"
+    mount = shlex.join(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)])
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no disk of a given size can be mounted here")
-    command = f"{mount} && exec {sys.executable} -I {script} {tmp_path}"
+    command = f"{mount} && exec {shlex.join([sys.executable, '-I', str(script), str(tmp_path)])}"
     run = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, encoding="utf-8", timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     report = json.loads(run.stdout.splitlines()[-1])
@@ -306,8 +307,7 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
     assert len(tune.told) == 1 and "could not be saved" in tune.told[0]
 
 
-def test_the_node_says_what_it_did(inflated, clip, prompts, folder, monkeypatch):
-    monkeypatch.setattr(host, "user_folder", lambda: folder)
+def test_the_node_says_what_it_did(inflated, clip, prompts):
     values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip, "model": inflated}
     with torch.inference_mode():
