@@ -24,6 +24,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -75,6 +76,8 @@ HOST_PACKAGES = (
 # ComfyUI 0.3.75's own page shows no pack's translations, the next one does: a test of them runs on it.
 TRANSLATED_PAGE = "comfyui-frontend-package==1.33.13"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")  # as programs are named
+
+MOST_WORKERS = 4  # processes that run tests: each holds a torch and a host, about 2 GiB
 
 # A torchvision built for CUDA cannot load its operators beside a CPU-only torch, and then fails to import
 # because it describes two operators that nobody has defined. This hook defines them, in that case only.
@@ -475,7 +478,11 @@ def test(arguments: list[str]) -> int:
     # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.
-    return run_with_host(host, [str(python), "-I", "-Xwarn_default_encoding", "-m", "pytest", *arguments], PROJECT)
+    interpreter = [str(python), "-I", "-Xwarn_default_encoding"]
+    workers = f"{min(os.cpu_count() or 1, MOST_WORKERS)}*popen//python={shlex.join(interpreter)}"
+    # A file's tests share a server: one worker runs them all (loadfile).
+    command = [*interpreter, "-m", "pytest", "--tx", workers, "--dist", "loadfile", *arguments]
+    return run_with_host(host, command, PROJECT)
 
 
 def program(*words: str) -> Callable[[list[str]], int]:

@@ -4,7 +4,7 @@ Frames are folded into the batch, as everywhere in an image UNet: `(b f) n c` is
 tokens of width c.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def sparse_causal(kv: Tensor, frames: int) -> Tensor:
     if frames <= 2:
         return repeat(first, "b 1 n c -> (b f) n c", f=frames)
     previous = torch.cat([first, video[:, :-1]], dim=1)
-    return rearrange([first.expand_as(video), previous], "s b f n c -> (b f) (s n) c")
+    return torch.cat([first.expand_as(video), previous], dim=2).flatten(0, 1)
 
 
 class SparseCausal:
@@ -66,11 +66,15 @@ class SparseCausal:
         if not ours or self.frames <= 2 or args or kwargs.get("mask") is not None:
             return function(q, k, v, heads, *args, **kwargs)
         tokens = q.shape[1]
-        q, k, v = (rearrange(t, "(b f) n c -> b f n c", f=self.frames) for t in (q, k, v))
-        early = function(q[:, :2].flatten(1, 2), k[:, 0, :tokens], v[:, 0, :tokens], heads, **kwargs)
-        late = function(*(t[:, 2:].flatten(0, 1) for t in (q, k, v)), heads, **kwargs)
-        early, late = early.unflatten(1, (2, tokens)), late.unflatten(0, (-1, self.frames - 2))
-        return torch.cat([early, late], dim=1).flatten(0, 1)
+
+        def of_video(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+            early = function(q[:2].flatten(0, 1)[None], k[:1, :tokens], v[:1, :tokens], heads, **kwargs)
+            yield early[0].unflatten(0, (2, tokens))
+            yield function(q[2:], k[2:], v[2:], heads, **kwargs)
+
+        # One video after the other, as whole frames of one are no copies.
+        videos = zip(*(t.split(self.frames) for t in (q, k, v)), strict=True)
+        return torch.cat([part for video in videos for part in of_video(*video)])
 
 
 class Attention(nn.Module):

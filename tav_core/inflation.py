@@ -1,9 +1,11 @@
 """What is attached to an image UNet to make it a video UNet, and how (arXiv 2212.11565, section 3.2).
 
-All of it is forward hooks on the UNet's own modules, so no module is replaced and no state-dict key changes:
+All of it is hooks on the UNet's own modules and around their `forward`, so no module is replaced and no state-dict key
+changes:
 
 - `attn1.to_k`, `attn1.to_v`: their outputs are regrouped for sparse-causal attention;
 - each transformer block: its output goes through temporal attention;
+- each block's feed-forward takes its frames in parts while sampling, for its inner width is the largest there is;
 - the group norms of the resnets and of the output (`group_norm="video"`): statistics over all frames of a
   video, as in the reference, whose 5-D tensors are normalised at once; the transformers' entry norms stay per
   frame there too.
@@ -94,6 +96,31 @@ class TemporalLayers(nn.Module):
                 parameter.copy_(tensors[name])
 
 
+class _Replaced:
+    """A module's `forward` replaced by another, until it is removed."""
+
+    def __init__(self, module: Any, forward: Callable[..., Tensor]):
+        self.module, self.own = module, vars(module).get("forward")
+        module.forward = forward
+
+    def remove(self) -> None:
+        del self.module.forward
+        if self.own is not None:
+            self.module.forward = self.own
+
+
+PARTS = 4
+
+
+def _in_parts(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A feed-forward on a few of the batch at a time; as a whole where a gradient would keep all parts anyway."""
+
+    def run(x: Tensor) -> Tensor:
+        return forward(x) if torch.is_grad_enabled() else torch.cat([forward(part) for part in x.chunk(PARTS)])
+
+    return run
+
+
 def attach(
     parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
 ) -> tuple[list[Any], SparseCausal]:
@@ -117,6 +144,8 @@ def attach(
         handles.append(block.attn1.to_k.register_forward_hook(lambda _m, _a, k: attention.keys(whole(k))))
         handles.append(block.attn1.to_v.register_forward_hook(lambda _m, _a, v: attention.values(whole(v))))
         handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: layer(out, frames)))
+        if frames > 1:
+            handles.append(_Replaced(block.ff, _in_parts(block.ff.forward)))
 
     if group_norm == "video" and frames > 1:
         for norm in parts.video_norms:
