@@ -24,7 +24,8 @@ class InflateUNet(io.ComfyNode):
                     default="video",
                     tooltip=(
                         "video: normalise over all frames at once, as the paper's code and published models do. "
-                        "per_frame: each frame by itself, for clips with cuts or strong changes of light."
+                        "per_frame: each frame by itself, for clips with cuts or strong changes of light, or where an "
+                        "edited object vanishes from single frames."
                     ),
                 ),
             ],

@@ -5,7 +5,7 @@ import copy
 import comfy.model_management
 import pytest
 import torch
-from tune_a_video.tav_core import host
+from tune_a_video.tav_core import host, inflation
 from tune_a_video.tav_core.inflation import TemporalLayers
 
 
@@ -101,6 +101,24 @@ def test_regional_and_per_frame_prompts(core, model, prompts, clip):
         assert torch.isfinite(out).all() and not torch.allclose(out, plain)
     repeated = [[whole[0][0].repeat(5, 1, 1), {}]]
     torch.testing.assert_close(sample(core, video_model, (empty, repeated), clip), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_feed_forward_takes_a_part_of_the_frames_at_a_time(core, model, prompts, clip, monkeypatch, unchanged):
+    """And computes what it computes with all of them; a `forward` that somebody else has put there is called."""
+    video_model = with_random_temporal_layers(model)
+    block = next(iter(host.parts_of(host.unet_of(model)).blocks.values()))
+    frames = []
+    forward = block.ff.forward
+    block.ff.forward = lambda x: frames.append(x.shape[0]) or forward(x)
+    theirs = block.ff.forward
+    in_parts = sample(core, video_model, prompts, clip)
+    assert block.ff.forward is theirs and 0 < max(frames) <= 3 and sum(frames) == 3 * 10  # two prompts of five frames
+    del block.ff.forward
+    with unchanged(model):
+        sample(core, video_model, prompts, clip)
+    monkeypatch.setattr(inflation, "PARTS", 1)
+    whole = sample(core, video_model, prompts, clip)
+    assert (in_parts - whole).norm() / whole.norm() < 1e-5
 
 
 def test_nothing_stays_attached_after_an_error(core, model, prompts, clip, unchanged):
