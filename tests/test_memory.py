@@ -63,17 +63,22 @@ def test_the_estimate_is_what_a_tune_takes_on_a_gpu(make_model, prompts, precisi
     assert estimate.total == pytest.approx(measured_peak(model, shape, prompts[0], precision, recompute), rel=0.15)
 
 
-@needs_gpu
-def test_stable_diffusion_1_takes_less_than_8_gib_of_a_gpu():
+def test_stable_diffusion_1_takes_less_than_8_gib(request):
     """Everything loaded before: 24 frames of 512x512 in low."""
+    if not (torch.cuda.is_available() or request.config.getoption("--full-size")):
+        pytest.skip("needs a GPU, or --full-size and half an hour")
     config = published.unet_config(SD15)
     with torch.inference_mode():
         model = host.inflate(
             host.build_model(config, random_weights(config, torch.Generator().manual_seed(0))), "video"
         )
     host.load(model)
-    text = [[torch.randn(1, 77, 768), {}]]
-    assert measured_peak(model, (24, 4, 64, 64), text, "bf16", "all") < 8 * GIB
+    shape, text = (24, 4, 64, 64), [[torch.randn(1, 77, 768), {}]]
+    estimate = estimate_step(model, torch.Size(shape), 77, "bf16", "all")
+    peak = measured_peak(model, shape, text, "bf16", "all")
+    print(f"peak {peak / GIB:.2f} GiB; estimate {estimate}")
+    assert peak < 8 * GIB
+    assert estimate.total == pytest.approx(peak, rel=0.15)
 
 
 @pytest.fixture(scope="module")
