@@ -1,5 +1,6 @@
 """The estimate of memory, the plan made of it, and running out in spite of it."""
 
+import faulthandler
 import weakref
 
 import comfy.model_base
@@ -67,6 +68,7 @@ def test_stable_diffusion_1_takes_less_than_8_gib(request):
     """Everything loaded before: 24 frames of 512x512 in low."""
     if not (torch.cuda.is_available() or request.config.getoption("--full-size")):
         pytest.skip("needs a GPU, or --full-size and half an hour")
+    faulthandler.cancel_dump_traceback_later()  # which would end a test of ten minutes
     config = published.unet_config(SD15)
     with torch.inference_mode():
         model = host.inflate(
