@@ -40,6 +40,17 @@ class Workspace:
     def _is_bad(answer):
         return answer.status >= 400 and NAME in answer.url
 
+    @staticmethod
+    def _until(act, locator, state, patience):
+        """Act again while a part of the page has not come or gone: a busy page loses a click now and then."""
+        for _ in range(SLOW // patience):
+            act()
+            try:
+                return locator.wait_for(state=state, timeout=patience)
+            except TimeoutError:
+                continue
+        raise AssertionError(f"no click made it {state}: {locator}")
+
     # --- workflows ---
 
     def templates(self):
@@ -51,9 +62,9 @@ class Workspace:
         return dialog
 
     def open_template(self, name):
-        self.templates().get_by_test_id(f"template-workflow-{name}").click()
+        card = self.templates().get_by_test_id(f"template-workflow-{name}")
+        self._until(card.click, self.page.get_by_role("dialog"), "detached", 30_000)
         self.page.wait_for_function(OPEN, arg=name)
-        self.page.get_by_role("dialog").wait_for(state="detached")
 
     def open_file(self, path):
         self.page.set_input_files("#comfy-file-input", path)
@@ -98,13 +109,7 @@ class Workspace:
     def search(self, text):
         """Look for a node in the menu that a double click opens, and take the first that has this text."""
         field = self.page.get_by_placeholder("Search Nodes")
-        for _ in range(20):  # a busy page takes two slow clicks for single ones
-            self.page.mouse.dblclick(800, 500)
-            try:
-                field.wait_for(timeout=5000)
-                break
-            except TimeoutError:
-                continue
+        self._until(lambda: self.page.mouse.dblclick(800, 500), field, "visible", 5000)
         field.fill(text)
         self.page.get_by_role("option").filter(has_text=text).first.click()
         field.wait_for(state="detached")
