@@ -106,7 +106,7 @@ class TrainingUNet:
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
             return self.unet(latents, t, context=context, transformer_options=options)
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         # Not one that is switched off: a device may not know of autocast at all.
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
