@@ -109,14 +109,19 @@ class _Replaced:
             self.module.forward = self.own
 
 
-PARTS = 4  # of a batch: a quarter of the feed-forward's inner width is less than what attention takes
+# Of a feed-forward while sampling: a quarter of its inner width is less than what attention takes, and a part of fewer
+# tokens than this would only read the weights once more.
+PARTS, LEAST_TOKENS = 4, 2048
 
 
 def _in_parts(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A feed-forward on a few of the batch at a time; as a whole where a gradient would keep all parts anyway."""
 
     def run(x: Tensor) -> Tensor:
-        return forward(x) if torch.is_grad_enabled() else torch.cat([forward(part) for part in x.chunk(PARTS)])
+        parts = min(PARTS, x.shape[0] * x.shape[1] // LEAST_TOKENS)
+        if parts < 2 or torch.is_grad_enabled():
+            return forward(x)
+        return torch.cat([forward(part) for part in x.chunk(parts)])
 
     return run
 
