@@ -127,7 +127,8 @@ class TemporalAttention(nn.Module):
         """`(b f) n c` → the same shape."""
         norm = self.norm_temp
         h = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
-        h = self.attn_temp(rearrange(h, "(b f) n c -> (b n) f c", f=frames))
+        # Contiguous, or each of the three projections would make a copy of its own, and keep it for the backward pass.
+        h = self.attn_temp(rearrange(h, "(b f) n c -> (b n) f c", f=frames).contiguous())
         return x + rearrange(h, "(b n) f c -> (b f) n c", n=x.shape[1])
 
 
