@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,8 +55,10 @@ class TrainingUNet:
         inflation = host.inflation_of(model)
         host_unet = host.unet_of(model)
         self.device = torch.device("cpu") if blank else model.load_device
-        self.precision = precision
-        frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+        mixed = precision == "bf16"
+        # Not an autocast that is switched off: a device may not know of one at all.
+        self.autocast: Any = partial(torch.autocast, self.device.type, torch.bfloat16) if mixed else nullcontext
+        frozen = torch.bfloat16 if mixed else torch.float32
         config = {**model.model.model_config.unet_config, "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = PlainOps
@@ -91,7 +93,7 @@ class TrainingUNet:
         Args:
             context: [1 or f, tokens, width]; calls must pass its first dimension expanded to f.
         """
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             for block in host.parts_of(self.unet).blocks.values():
                 block.attn2.to_k = _Fixed(block.attn2.to_k(context))
                 block.attn2.to_v = _Fixed(block.attn2.to_v(context))
@@ -102,13 +104,9 @@ class TrainingUNet:
             "cond_or_uncond": [0],
             "optimized_attention_override": lambda _host, *args, **kwargs: self.attend(*args, **kwargs),
         }
-        with self._autocast():
+        with self.autocast():
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
             return self.unet(latents, t, context=context, transformer_options=options)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # Not one that is switched off: a device may not know of autocast at all.
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
 
 def estimate_step(
