@@ -33,8 +33,7 @@ def apply_weights(
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
     tuned = host.with_inflation(model, host.Inflation(temporal, weights.group_norm, weights.frames))
-    patches = {f"{host.UNET}{name}": ("diff", (delta,)) for name, delta in weights.queries.items()}
-    tuned.add_patches(patches, strength_patch=content)
+    host.add_tune(tuned, weights.queries, content)
     return tuned
 
 

@@ -37,9 +37,9 @@ def sparse_causal(kv: Tensor, frames: int) -> Tensor:
 class SparseCausal:
     """Sparse-causal attention in one UNet: selects keys and values, and leaves out the work that repeats itself.
 
-    The keys go to whatever computes the attention, so a replacement of it by another pack sees them all. Where it
-    is the UNet's own attention that is called (`attend`), frames 0 and 1, whose two frames are one and the same,
-    are computed together on that frame's keys alone.
+    The keys go to whatever computes the attention, so another pack's attention sees them all. Where it is the UNet's
+    own that is called (`attend`), frames 0 and 1, whose two frames are one and the same, are computed together on that
+    frame's keys alone.
 
     Args:
         frames: of each video in the batch.
@@ -48,15 +48,41 @@ class SparseCausal:
     def __init__(self, frames: int):
         self.frames = frames
         self._keys: Tensor | None = None
+        self._own: list[Tensor] | None = None  # each frame's own keys and values, where a node replaces the attention
 
     def keys(self, projected: Tensor) -> Tensor:
         """`sparse_causal` keys, which `attend` will know again."""
+        if self._own is not None:
+            self._own = [projected]
         self._keys = sparse_causal(projected, self.frames)
         return self._keys
 
     def values(self, projected: Tensor) -> Tensor:
         """`sparse_causal` values."""
+        if self._own is not None:
+            self._own.append(projected)
         return sparse_causal(projected, self.frames)
+
+    def replaced(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Another node's `function(q, k, v, …)` in place of the attention, on the keys and values of this one.
+
+        It is called once more on each frame's own, for such nodes look at one frame: what it notes of its last call
+        (SAG the scores) is then of one frame, and where it returns as many tokens as there are values (PAG), that is
+        its result.
+        """
+        self._own = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            own_k, own_v = self._own or (k, v)
+            if self.frames == 1:
+                return function(q, k, v, *args, **kwargs)
+            if k.shape == own_k.shape:  # one frame for both: given twice, it changes nothing but the length
+                k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
+            out = function(q, k, v, *args, **kwargs)
+            own = function(q, own_k, own_v, *args, **kwargs)
+            return own if out.shape[1] == v.shape[1] else out
+
+        return attend
 
     def attend(
         self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
@@ -65,11 +91,11 @@ class SparseCausal:
         ours, self._keys = k is self._keys, None
         if not ours or self.frames <= 2 or args or kwargs.get("mask") is not None:
             return function(q, k, v, heads, *args, **kwargs)
-        tokens = q.shape[1]
+        tokens = k.shape[1] // 2  # of one frame; there are fewer queries where another node merged them (ToMe)
 
         def of_video(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
             early = function(q[:2].flatten(0, 1)[None], k[:1, :tokens], v[:1, :tokens], heads, **kwargs)
-            yield early[0].unflatten(0, (2, tokens))
+            yield early[0].unflatten(0, (2, q.shape[1]))
             yield function(q[2:], k[2:], v[2:], heads, **kwargs)
 
         # One video after the other, as whole frames of one are no copies.

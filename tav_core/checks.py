@@ -46,7 +46,12 @@ def check_inputs(
             "24 to 32). Raise count in Prepare Clip."
         )
     if not torch.isfinite(samples).all():
-        raise ValueError("the latents hold NaN or infinite values: check the VAE (try it in fp32) and the frames.")
+        raise ValueError(
+            "the latents hold NaN or infinite values: check the node that they come from (a VAE makes them in fp16: "
+            "run ComfyUI with --fp32-vae) and the frames."
+        )
+    host.refuse_merged_tunes(model)
+    _check_mask(latent.get("noise_mask"), frames)
     if inflation.frames not in (None, frames):
         raise ValueError(
             f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
@@ -55,6 +60,15 @@ def check_inputs(
     for name, conditioning in prompts.items():
         _check_conditioning(name, conditioning, unet, frames)
     return samples
+
+
+def _check_mask(mask: Tensor | None, frames: int) -> None:
+    # The host would repeat too few masks, and drop too many, without a word.
+    if mask is not None and mask.ndim > 2 and mask.shape[0] not in (1, frames):
+        raise ValueError(
+            f"the latents' mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole "
+            f"clip, or {frames}, one a frame."
+        )
 
 
 def _check_conditioning(name: str, conditioning: host.Conditioning, unet: host.UNetModel, frames: int) -> None:

@@ -20,11 +20,14 @@ MAX_STEPS = 500
 def ddim_timesteps(steps: int, train_timesteps: int = 1000) -> Tensor:
     """The timesteps of an inversion, ascending: 1, 1 + T/n, … (int64, [steps]).
 
+    Where n does not divide T, each timestep is rounded and not T/n: diffusers rounds that down, and a clip inverted in
+    400 steps would end at timestep 799, in 50 steps at 981.
+
     Raises ValueError when `steps` is out of range.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}; DDIM takes 1 to {MAX_STEPS} steps, the paper uses 50.")
-    return torch.arange(steps) * (train_timesteps // steps) + 1
+    return (torch.arange(steps, dtype=torch.float64) * train_timesteps / steps).round().long() + 1
 
 
 def ddim_sigmas(model_sigmas: Tensor, steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,19 @@ def invert(
 ) -> tuple[dict[str, Any], InvertedNoise, Tensor]:
     """DDIM inversion of a clip: the noisy LATENT, the same as NOISE for the core's custom sampler, and its SIGMAS.
 
-    The LATENT is in sigma space, as the host's own samplers leave unfinished latents. The sigmas descend to 0.
+    The LATENT is in sigma space, as the host's own samplers leave unfinished latents. It keeps a mask that the clip
+    has, and carries how and of what it was made. The sigmas descend to 0. A mask takes no part in the inversion.
     """
     samples = check_inputs(model, latent, prompt=prompt)
     sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps)
-    out = host.run_sampler(model, samples, sigmas, prompt, prompt, 1.0, callback or host.preview_callback(model, steps))
-    inverted = {"samples": out, host.KEY: {"steps": steps}}
+    out = host.run_sampler(
+        host.unguided(model, prompt), samples, sigmas, callback or host.preview_callback(model, steps)
+    )
+    sigma = float(sigmas[-1])
+    made = {"steps": steps, "sigma": sigma, "clip": samples, "inverted": out}
+    inverted = {**latent, "samples": out, host.KEY: made}
     descending = torch.cat([sigmas[1:].flip(0), sigmas.new_zeros(1)])
-    return inverted, InvertedNoise(model, out, float(sigmas[-1])), descending
+    return inverted, InvertedNoise(model, out, sigma), descending
 
 
 def sample_video(
@@ -36,27 +42,45 @@ def sample_video(
     cfg: float,
     callback=None,
 ) -> dict[str, Any]:
-    """DDIM sampling from inverted latents; LATENT of the edited clip."""
+    """DDIM sampling from inverted latents; LATENT of the edited clip.
+
+    Outside of a mask in `latent`, the clip stays as it was.
+    """
     samples = check_inputs(model, latent, positive=positive, negative=negative)
     sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps).flip(0)
     _check_inverted(model, latent, steps, float(sigmas[0]))
-    callback = callback or host.preview_callback(model, steps)
-    out = host.run_sampler(model, samples, sigmas, positive, negative, cfg, callback)
-    return {"samples": out}
+    noise, mask = None, latent.get("noise_mask")
+    if mask is not None:
+        clip = {"samples": latent[host.KEY]["clip"]}
+        samples, noise = clip["samples"], InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
+    guider = host.guided(model, positive, negative, cfg)
+    out = host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, steps), noise, mask)
+    return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
 
 
 def _check_inverted(model: host.ModelPatcher, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
-    if host.KEY not in latent:  # noise of another origin, or what a user took for it
+    made = latent.get(host.KEY)
+    if latent.get("noise_mask") is not None and (made is None or not torch.equal(made["inverted"], latent["samples"])):
+        raise ValueError(
+            "the latents have a mask, but what it should keep of the clip is not known: they do not come from DDIM "
+            "Invert, or were changed since. Connect DDIM Invert, or take the mask off the latents."
+        )
+    if made is None:  # noise of another origin, or what a user took for it
         spread = float(model.model.process_latent_in(latent["samples"]).float().std())
         if spread < sigma / 2:
             raise ValueError(
                 f"these latents are not noise (their standard deviation is {spread:.1f}, {steps} steps start at "
                 f"{sigma:.1f}): connect the inverted latents of DDIM Invert."
             )
-    elif (inverted_steps := latent[host.KEY]["steps"]) != steps:
+    elif made["steps"] != steps:
         raise ValueError(
-            f"the latents were inverted in {inverted_steps} steps, but steps is {steps} here: the noise levels would "
+            f"the latents were inverted in {made['steps']} steps, but steps is {steps} here: the noise levels would "
             "not meet. Use the same number in both nodes."
+        )
+    elif not math.isclose(made.get("sigma", sigma), sigma, rel_tol=1e-4):
+        raise ValueError(
+            f"the latents were inverted to noise level {made['sigma']:.3f}, this MODEL samples from {sigma:.3f}: a "
+            "node such as ModelSamplingDiscrete (zsnr) stands before one of the two nodes only. Put it before both."
         )
 
 

@@ -6,10 +6,13 @@ What it uses, and why, is listed in `host_symbols`, and looked up before it is i
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ from . import ddim, drift
 from .attention import SparseCausal, wide_heads
 from .digest import digest
 from .host_symbols import SYMBOLS, TRIED
-from .inflation import TemporalLayers, UNetParts, inflated
+from .inflation import TemporalLayers, UNetParts, inflated, is_inflated
 from .tuning import PredictionType
 
 Conditioning = list[list[Any]]
@@ -45,6 +48,7 @@ if TYPE_CHECKING or DRIFT is None:
     import comfy.model_management
     import comfy.model_sampling
     import comfy.patcher_extension
+    import comfy.sampler_helpers
     import comfy.samplers
     import comfy.sd
     import comfy.sd1_clip
@@ -242,9 +246,12 @@ def load(model: ModelPatcher) -> None:
 
 
 def inflation_of(model: ModelPatcher) -> Inflation:
-    """What an inflated MODEL carries. Raises ValueError when it is not inflated."""
+    """What an inflated MODEL carries. Raises ValueError when it is not inflated, or another node has undone that."""
     inflation = model.attachments.get(KEY)
-    if inflation is None:
+    kinds = comfy.patcher_extension.WrappersMP
+    if inflation is None or not all(
+        model.get_wrappers(kind, KEY) for kind in (kinds.DIFFUSION_MODEL, kinds.OUTER_SAMPLE)
+    ):
         raise ValueError("this MODEL is not inflated: connect it through the Inflate UNet node first.")
     return inflation
 
@@ -267,7 +274,8 @@ def inflate(model: ModelPatcher, group_norm: str) -> ModelPatcher:
 
 def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
     """A clone of `model` that carries `inflation`, instead of any that it had."""
-    temporal = inflation.temporal.requires_grad_(False).to(inference_dtype(model))
+    # A copy: the caller's layers stay as they are.
+    temporal = copy.deepcopy(inflation.temporal).requires_grad_(False).to(inference_dtype(model))
     # A patcher of their own: the host counts, loads and offloads the new layers like any other model.
     patcher: Any = ModelPatcher(temporal, model.load_device, model.offload_device)
     if hasattr(patcher, "cached_patcher_init"):
@@ -296,14 +304,18 @@ def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tens
     """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
-        # The batch holds whole videos, one for each prompt that is computed in this call.
-        videos = len(transformer_options.get("cond_or_uncond", (0,)))
+        prompts = len(transformer_options.get("cond_or_uncond", (0,)))
+        frames = frames_of(x, prompts, transformer_options.get(KEY))
+        videos = x.shape[0] // frames
         # The executor's own module, not the base model's: with several GPUs each has its copy.
-        frames = x.shape[0] // videos
         with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm) as attention:
             if frames > 1:  # a single frame stays the image model's, to the bit
                 override = _video_attention(attention, transformer_options.get(OVERRIDE), x.device)
                 transformer_options = {**transformer_options, OVERRIDE: override}
+                replaced = transformer_options.get("patches_replace", {})
+                if functions := replaced.get("attn1"):
+                    functions = {block: attention.replaced(function) for block, function in functions.items()}
+                    transformer_options["patches_replace"] = {**replaced, "attn1": functions}
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     return wrapper
@@ -327,10 +339,86 @@ def _video_attention(attention: SparseCausal, override: Callable | None, device:
     return attend
 
 
-def _whole_video(executor, noise, *args, **kwargs):
-    """A wrapper around one sampling run, any sampler's."""
-    refuse_context_windows(executor.class_obj.model_options, noise.shape[0])
-    return executor(noise, *args, **kwargs)
+def frames_of(x: Tensor, prompts: int, clip: int | None) -> int:
+    """The frames of each video in a UNet call, which holds whole videos: one for each prompt, and for each tile.
+
+    Args:
+        x: the call's batch of frames, video after video.
+        prompts: how many of them the host computes in this call.
+        clip: frames of the clip that is sampled; None where the UNet is called outside of a sampling run.
+    Raises ValueError when the batch is no whole number of videos.
+    """
+    batch = x.shape[0]
+    clip = clip or batch // prompts
+    if clip and batch % clip == 0:
+        videos = batch // clip
+        # Fewer videos than prompts: one prompt's alone (whole), or a part of the frames for all prompts, which then
+        # share their latents.
+        parts = x.chunk(prompts)
+        if videos % prompts == 0 or any(not torch.equal(part, parts[0]) for part in parts):
+            return clip
+    raise ValueError(
+        f"another node calls this MODEL with {batch} pictures for {prompts} prompt{'s' * (prompts != 1)}, which are no "
+        f"whole videos of {clip} frames. Remove the node that cuts the batch (context windows, tiles, batch splitting) "
+        "from the MODEL."
+    )
+
+
+def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    """A wrapper around one sampling run, any sampler's: the clip is known in it, and its UNet must be a video's."""
+    guider = executor.class_obj
+    frames = noise.shape[0]
+    refuse_context_windows(guider.model_options, frames)
+    if denoise_mask is not None and not torch.count_nonzero(noise):
+        raise ValueError(
+            "the latents have a mask and no noise is added, so what the mask keeps would stay the noise that it is. "
+            "Use Sample Video, or SamplerCustomAdvanced with the NOISE of DDIM Invert."
+        )
+    options = guider.model_options.setdefault("transformer_options", {})  # the guider's own, for this run
+    options[KEY] = frames
+    calls = 0
+
+    def check(block: Any, _args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if not is_inflated(block):
+            raise ValueError(_bypassed(guider.model_options))
+
+    with ExitStack() as undo:
+        for block in parts_of(guider.model_patcher.model.diffusion_model).blocks.values():
+            undo.callback(block.register_forward_pre_hook(check).remove)
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if not calls and len(sigmas) > 1:
+        raise ValueError(_bypassed(guider.model_options))
+    return out
+
+
+def _bypassed(model_options: Mapping[str, Any]) -> str:
+    return (
+        "another node computed this MODEL without its inflation, each frame as a picture of its own. Remove it: "
+        "DeepCache is of this kind, and on this MODEL are "
+        f"{', '.join(others_on(model_options)) or 'none that tell their names'}."
+    )
+
+
+def others_on(model_options: Mapping[str, Any]) -> list[str]:
+    """What other nodes have put on a MODEL: names of the modules and packs that their functions come from."""
+
+    def functions(value: Any) -> Iterator[Any]:
+        if isinstance(value, Mapping):
+            for part in value.values():
+                yield from functions(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                yield from functions(part)
+        elif callable(value):
+            yield value
+
+    found = functions(model_options)
+    names = {getattr(function, "__module__", None) or type(function).__module__ for function in found}
+    own = __name__.rpartition(".")[0]
+    # A pack's modules are named by its folder's path.
+    return sorted({re.split(r"[/\\]", name)[-1] for name in names if not name.startswith((own, "torch"))})
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -347,6 +435,34 @@ def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> Non
 
 
 # --- weights and memory ---
+
+
+def add_tune(model: ModelPatcher, queries: Mapping[str, Tensor], strength: float) -> None:
+    """Add the change of the queries to a MODEL as the host's patches, marked as ours."""
+    mark = {"pad_weight": False, KEY: True}
+    model.add_patches({f"{UNET}{name}": ("diff", (delta, mark)) for name, delta in queries.items()}, strength)
+
+
+def refuse_merged_tunes(model: ModelPatcher) -> None:
+    """Raises ValueError for an inflated MODEL that was merged with a tuned one: of that only the queries came along."""
+
+    def changes(patch: Any) -> Iterator[int]:
+        """The marked changes within a patch, by identity: clones share them."""
+        match patch:
+            case Tensor() as change, {"tune_a_video": _}:
+                yield id(change)
+            case list() | tuple():
+                for part in patch:
+                    yield from changes(part)
+
+    for patches in model.patches.values():
+        # (strength, value, …), where the value is a list if it is another model's weight with that one's patches.
+        own = {change for patch in patches if not isinstance(patch[1], list) for change in changes(patch)}
+        if not own.issuperset(changes([patch for patch in patches if isinstance(patch[1], list)])):
+            raise ValueError(
+                "this MODEL was merged with a tuned one, of which only the image layers came along and no motion. "
+                "Merge the checkpoints first, then connect Inflate UNet and One-Shot Tune, or Apply Weights."
+            )
 
 
 def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callable[[str], bool] = lambda _name: True):
@@ -397,38 +513,78 @@ def stop_if_interrupted() -> None:
 # --- sample ---
 
 
-def run_sampler(
-    model: ModelPatcher,
-    samples: Tensor,
-    sigmas: Tensor,
-    positive: Conditioning,
-    negative: Conditioning,
-    cfg: float,
-    callback: Callable[[int, Tensor, Tensor, int], None],
-) -> Tensor:
-    """Follow `sigmas` with `ddim.sample_ddim` through the host's guider; LATENT samples in, LATENT samples out.
-
-    Args:
-        callback: the host's: step, denoised, x, number of steps. Called before each step is taken.
-    """
+def guided(model: ModelPatcher, positive: Conditioning, negative: Conditioning, cfg: float) -> comfy.samplers.CFGGuider:
+    """The host's guider, with all that other nodes add to guidance."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
+    return guider
+
+
+def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGuider:
+    """A guider that asks the model for one prompt and leaves it at that: an inversion is without guidance.
+
+    The host's caches (EasyCache, LazyCache), which expect noise levels to fall, are left out as well.
+    """
+
+    class Unguided(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
+            conds = [self.conds["positive"]]
+            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)[0]
+
+    model = model.clone()
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind in (kinds.OUTER_SAMPLE, kinds.PREDICT_NOISE, kinds.CALC_COND_BATCH, kinds.DIFFUSION_MODEL):
+        for key in ("easycache", "lazycache"):
+            model.remove_wrappers_with_key(kind, key)
+    guider = Unguided(model)
+    guider.set_conds(prompt, prompt)
+    return guider
+
+
+def run_sampler(
+    guider: comfy.samplers.CFGGuider,
+    samples: Tensor,
+    sigmas: Tensor,
+    callback: Callable[[int, Tensor, Tensor, int], None],
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Follow `sigmas` with `ddim.sample_ddim`; LATENT samples in, LATENT samples out.
+
+    Args:
+        guider: `guided` or `unguided`.
+        callback: the host's: step, denoised, x, number of steps. Called before each step is taken.
+        noise: added to `samples` at the first of `sigmas`; None where they are at that level already.
+        mask: where the samples are replaced, as the host has it in a LATENT; elsewhere they stay. None replaces all.
+    Raises ValueError when the result is not finite.
+    """
 
     def interruptible(*args: Any) -> None:
         stop_if_interrupted()
         callback(*args)
 
     out = guider.sample(
-        torch.zeros_like(samples),
+        torch.zeros_like(samples) if noise is None else noise,
         samples,
         comfy.samplers.KSAMPLER(ddim.sample_ddim),
         sigmas,
+        denoise_mask=mask,
         callback=interruptible,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=0,
     )
-    return out.to(comfy.model_management.intermediate_device())
+    out = out.to(comfy.model_management.intermediate_device())
+    if not torch.isfinite(out).all():
+        found = ", ".join(others_on(guider.model_options))
+        raise ValueError(
+            "the model's predictions became NaN or infinite. Lower cfg, run ComfyUI with --force-fp32"
+            + (f", or remove what other nodes put on the MODEL: {found}." if found else ".")
+        )
+    if mask is not None:  # to the bit: DDIM ends a little above the noise level 0
+        mask = comfy.sampler_helpers.prepare_mask(mask, out.shape, out.device)
+        out = torch.where(mask == 0, samples.to(out), out * mask + samples.to(out) * (1 - mask))
+    return out
 
 
 # --- folders ---

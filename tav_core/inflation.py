@@ -12,7 +12,7 @@ changes:
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -96,6 +96,21 @@ class TemporalLayers(nn.Module):
                 parameter.copy_(tensors[name])
 
 
+class _Temporal:
+    """A block's forward hook: its output goes through a layer of temporal attention."""
+
+    def __init__(self, layer: TemporalAttention, frames: int):
+        self.layer, self.frames = layer, frames
+
+    def __call__(self, _module: Any, _args: Any, out: Tensor) -> Tensor:
+        return self.layer(out, self.frames)
+
+
+def is_inflated(block: Any) -> bool:
+    """Whether a transformer block is part of a video UNet just now."""
+    return any(isinstance(hook, _Temporal) for hook in block._forward_hooks.values())
+
+
 class _Replaced:
     """A module's `forward` replaced by another, until it is removed."""
 
@@ -127,14 +142,16 @@ def _in_parts(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def attach(
-    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
-) -> tuple[list[Any], SparseCausal]:
-    """Register the hooks on one UNet, for a batch of `videos` of `frames` each.
+    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str, undo: ExitStack
+) -> SparseCausal:
+    """Make one UNet a video UNet, for a batch of `videos` of `frames` each, until `undo` is closed.
 
-    Returns their handles, whose `remove()` restores the UNet, and what may compute its attention (`attend`).
+    Returns what may compute its attention (`attend`).
     """
-    handles = []
     attention = SparseCausal(frames)
+
+    def hook(handle: Any) -> None:
+        undo.callback(handle.remove)
 
     def whole(projected: Tensor) -> Tensor:
         if projected.shape[0] != videos * frames:
@@ -145,26 +162,25 @@ def attach(
         return projected
 
     for block, layer in zip(parts.blocks.values(), temporal.layers, strict=True):
-        handles.append(block.attn1.to_q.register_forward_hook(lambda _m, _a, q: whole(q)))
-        handles.append(block.attn1.to_k.register_forward_hook(lambda _m, _a, k: attention.keys(whole(k))))
-        handles.append(block.attn1.to_v.register_forward_hook(lambda _m, _a, v: attention.values(whole(v))))
-        handles.append(block.register_forward_hook(lambda _m, _a, out, layer=layer: layer(out, frames)))
+        attn1 = block.attn1
+        hook(attn1.to_q.register_forward_hook(lambda _m, _a, q: whole(q)))
+        hook(attn1.to_k.register_forward_hook(lambda _m, _a, k: attention.keys(whole(k))))
+        hook(attn1.to_v.register_forward_hook(lambda _m, _a, v: attention.values(whole(v))))
+        hook(block.register_forward_hook(_Temporal(layer, frames)))
         if frames > 1:
-            handles.append(_Replaced(block.ff, _in_parts(block.ff.forward)))
+            hook(_Replaced(block.ff, _in_parts(block.ff.forward)))
 
     if group_norm == "video" and frames > 1:
         for norm in parts.video_norms:
             # Frames side by side make one tall picture: the module itself then normalises the whole video,
             # with whatever its host does about casting its weights.
-            handles.append(
+            hook(
                 norm.register_forward_pre_hook(
                     lambda _m, args: (rearrange(args[0], "(b f) c h w -> b c (f h) w", f=frames),)
                 )
             )
-            handles.append(
-                norm.register_forward_hook(lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames))
-            )
-    return handles, attention
+            hook(norm.register_forward_hook(lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames)))
+    return attention
 
 
 @contextmanager
@@ -172,12 +188,8 @@ def inflated(
     parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
 ) -> Iterator[SparseCausal]:
     """The UNet is a video UNet inside this block, and as it was after it, whatever happens. See `attach`."""
-    handles, attention = attach(parts, temporal, videos, frames, group_norm)
-    try:
-        yield attention
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as undo:
+        yield attach(parts, temporal, videos, frames, group_norm, undo)
 
 
 # What is recomputed in the backward pass instead of kept: the more, the less memory and the more time.

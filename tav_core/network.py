@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ class TrainingUNet:
             self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        _handles, attention = attach(parts, self.temporal, 1, frames, inflation.group_norm)
+        attention = attach(parts, self.temporal, 1, frames, inflation.group_norm, ExitStack())
         self.attend = partial(attention.attend, wide_heads(sdpa) if model.load_device.type == "cpu" else sdpa)
         checkpoint_stages(parts, recompute)
 
