@@ -92,7 +92,7 @@ def load_file(path: Path) -> TunedWeights:
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
-        if any(".attn_temp." in name for name in tensors):
+        if any(".attn_temp" in name for name in tensors):
             raise ValueError(f"{path.name} is a published model: read it with Load Published Model.")
         raise ValueError(f"{path.name} was not written by Save Weights: choose another file.")
     if metadata.get("format_version") != str(FORMAT_VERSION):
