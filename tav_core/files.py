@@ -146,8 +146,11 @@ def _taken(folder: Path) -> set[str]:
 
 def sweep(folder: Path, pattern: str) -> None:
     """Remove what killed processes left half-written: files and folders of a pattern, not touched for an hour."""
-    for path in list(folder.glob(pattern)):
-        with contextlib.suppress(OSError):  # another process may sweep too
+    found = []
+    with contextlib.suppress(OSError):  # another process may be done with one of the folders
+        found += folder.glob(pattern)
+    for path in found:
+        with contextlib.suppress(OSError):  # or sweep too
             inside = [path, *path.rglob("*")] if path.is_dir() else [path]
             if time.time() - max(part.lstat().st_mtime for part in inside) > UNFINISHED_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -159,6 +159,31 @@ def test_what_killed_saves_left_is_removed(folder, model, make_weights):
     assert not claim.exists() and users.exists()
 
 
+def test_what_cannot_be_removed_stops_nothing(folder, model, make_weights, monkeypatch):
+    for name in (".a.tmp", ".b.tmp"):
+        (folder / name).touch()
+        age(folder / name, 2)
+    unlink = files.Path.unlink
+
+    def locked(path, *args):
+        if path.name == ".a.tmp":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, *args)
+
+    monkeypatch.setattr(files.Path, "unlink", locked)
+    (name,) = SaveWeights.execute(make_weights(model), "w", "fp32").result
+    assert sorted(path.name for path in folder.iterdir()) == [".a.tmp", name]
+
+
+def test_a_folder_that_goes_while_it_is_listed_stops_nothing(folder, model, make_weights, monkeypatch):
+    def gone(_folder, _pattern):
+        yield from ()
+        raise FileNotFoundError(2, "No such file or directory")  # another process has ended its save
+
+    monkeypatch.setattr(files.Path, "glob", gone)
+    assert SaveWeights.execute(make_weights(model), "w", "fp32").result == ("w_00001.safetensors",)
+
+
 # --- what is filled in ------------------------------------------------------------------------------------------
 
 
