@@ -40,14 +40,14 @@ class Comfy:
         return json.loads(body) if body else None
 
     def upload(self, file: Path) -> str:
-        """Put a file into ComfyUI's input folder; returns its name there."""
+        """Put a file into ComfyUI's input folder; its name there, a new one where another file has that name."""
         return asyncio.run(self._upload(file))
 
     async def _upload(self, file: Path) -> str:
         with file.open("rb") as content:
             async with (
                 aiohttp.ClientSession() as session,
-                session.post(f"{self.address}/upload/image", data={"image": content, "overwrite": "true"}) as answer,
+                session.post(f"{self.address}/upload/image", data={"image": content}) as answer,
             ):
                 return (await answer.json())["name"]
 

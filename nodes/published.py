@@ -65,7 +65,8 @@ class ExportPublished(io.ComfyNode):
                     default="published",
                     tooltip=(
                         "Beginning of the new folder's name in models/tune_a_video. A number is added; nothing is "
-                        "replaced. It takes 3.8 GB for Stable Diffusion 1.x."
+                        "replaced. It takes 3.8 GB for Stable Diffusion 1.x. %date:yyyy-MM-dd% and the like are filled "
+                        "in."
                     ),
                 ),
             ],

@@ -20,7 +20,10 @@ class SaveWeights(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="tune_a_video",
-                    tooltip="Beginning of the file's name, or subfolder/name. A number is added; nothing is replaced.",
+                    tooltip=(
+                        "Beginning of the file's name, or subfolder/name. A number is added; nothing is replaced. "
+                        "%date:yyyy-MM-dd% and the like are filled in."
+                    ),
                 ),
                 io.Combo.Input(
                     "precision",

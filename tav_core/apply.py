@@ -6,6 +6,7 @@ import logging
 
 from . import host
 from .inflation import TemporalLayers
+from .tuning import trains
 from .weights import TunedWeights
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,17 @@ def apply_weights(
     Args:
         motion: strength of the temporal attention.
         content: strength of the change in the queries.
-    Raises ValueError when the weights belong to another UNet.
+    Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
     temporal = TemporalLayers(host.parts_of(host.unet_of(model)))
     temporal.assign(weights.temporal)
     shapes = host.shapes_of(model)
+    wanted = {name for name in shapes if trains(name)}
+    if missing := wanted - weights.queries.keys():
+        raise ValueError(
+            f"{len(missing)} of the {len(wanted)} tuned queries of this MODEL are not in these weights, the first is "
+            f"{min(missing)}: save them again, or use weights that were tuned on this model's family."
+        )
     if wrong := [name for name, delta in weights.queries.items() if shapes.get(name) != delta.shape]:
         raise ValueError(
             f"{len(wrong)} of {len(weights.queries)} tuned queries do not fit this MODEL, the first is {min(wrong)}. "

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,8 @@ MAX_HEADER = 16 << 20  # bytes; a full-size UNet's is 0.1 MB
 MAX_COMPONENT = 200  # bytes of a name between two slashes; file systems take 255, and a counter and an ending are added
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
 UNFINISHED = ".tmp"  # how temporary files end
+UNFINISHED_SECONDS = 3600  # what nothing was written to for so long was left by a process that was killed
+DATE = {"M": "month", "d": "day", "h": "hour", "m": "minute", "s": "second"}  # letters of %date:…%, as in the page
 RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
@@ -58,20 +66,94 @@ def inside(folder: Path, name: str) -> Path:
     return Path(folder, *parts)
 
 
-def numbered(folder: Path, prefix: str, ending: str = "") -> Path:
-    """The first free path `prefix_00001…` in `folder`, as ComfyUI's own save nodes number; its folder exists after.
+def filled(name: str, **values: object) -> str:
+    """`name` with what ComfyUI's save nodes fill in: %year% … %second%, %date:yyyy-MM-dd%, and `values` by their name.
 
-    Raises ValueError as `inside` does, or when the folder cannot be made.
+    Raises ValueError for what would be filled in elsewhere, such as %KSampler.seed%; a mere per cent sign may stay.
+    """
+    if not isinstance(name, str):
+        return name  # `inside` says what it is
+    now = datetime.now()
+    values |= {part: f"{getattr(now, part):02}" for part in ("year", "month", "day", "hour", "minute", "second")}
+
+    def digits(token: re.Match[str]) -> str:
+        letter, length = token[0][0], len(token[0])
+        return f"{now.year:04}"[-length:] if letter == "y" else f"{getattr(now, DATE[letter]):0{length}}"
+
+    def value(found: re.Match[str]) -> str:
+        what, _, form = found[1].partition(":")
+        return re.sub("yyyy|yy|MM?|dd?|hh?|mm?|ss?", digits, form) if what == "date" else str(values[what])
+
+    name = re.sub(f"%(date:[^%]*|{'|'.join(values)})%", value, name)
+    if left := re.search(r"%([^\W\d_]\w*|[^%]+\.\w+)%", name):
+        known = ", ".join(f"%{part}%" for part in values)
+        raise ValueError(
+            f"the name {name[:80]!r} has {left[0][:30]!r} in it, which nothing is filled in for here. What is: "
+            f"%date:yyyy-MM-dd%, {known}."
+        )
+    return name
+
+
+def write_new(folder: Path, prefix: str, ending: str, write: Callable[[Path], object]) -> Path:
+    """Have `write` make a file or folder, then put it in place as the first free `prefix_00001…`; its path.
+
+    All of it or nothing. Nothing is replaced, also where the disk or another process takes two names for one: a name is
+    claimed by a hidden folder, made for it alone, in which `write` works.
+
+    Raises:
+        ValueError: as `inside`, or when the folder cannot be made.
+        OSError: the disk does not take it.
     """
     parent = inside(folder, prefix).parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder for {prefix!r} could not be made: {error.strerror}. Use another name.") from None
+    sweep(folder, f"**/.*{UNFINISHED}")
     stem = Path(prefix.replace("\\", "/")).name
-    taken = {path.name for path in parent.iterdir()}
-    number = next(n for n in range(1, len(taken) + 2) if f"{stem}_{n:05}{ending}" not in taken)
-    return parent / f"{stem}_{number:05}{ending}"
+    taken, number = _taken(parent), 0
+    while True:
+        number += 1
+        name = f"{stem}_{number:05}{ending}"
+        if _one(name) in taken:
+            continue
+        claim = parent / f".{hashlib.sha256(_one(name).encode()).hexdigest()[:32]}{UNFINISHED}"
+        with _said(name):
+            try:
+                claim.mkdir()
+            except FileExistsError:
+                continue
+        try:
+            if _one(name) in (taken := _taken(parent)):
+                continue  # another process has ended in the meantime
+            write(claim / name)
+            with _said(name):
+                os.replace(claim / name, parent / name)
+            _flush_folder(parent)
+            return parent / name
+        finally:
+            shutil.rmtree(claim, ignore_errors=True)
+
+
+def _one(name: str) -> str:
+    """One text for all names that some system takes for the same: in capitals or not, accents apart or not."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def _taken(folder: Path) -> set[str]:
+    return {_one(path.name) for path in folder.iterdir()}
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left half-written: files and folders of a pattern, not touched for an hour."""
+    found = []
+    with contextlib.suppress(OSError):  # another process may be done with one of the folders
+        found += folder.glob(pattern)
+    for path in found:
+        with contextlib.suppress(OSError):  # or sweep too
+            inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+            if time.time() - max(part.lstat().st_mtime for part in inside) > UNFINISHED_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -81,20 +163,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=UNFINISHED, dir=path.parent)
-        os.close(handle)
-        write(Path(temporary))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except (OSError, _safetensors_error()) as error:
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path.name} could not be written: {why}. Free some space or choose another folder.") from None
+        with _said(path.name):
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=UNFINISHED, dir=path.parent)
+            os.close(handle)
+            write(Path(temporary))
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's are for the owner alone
+            os.replace(temporary, path)
     finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
     _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _said(name: str) -> Iterator[None]:
+    """What the disk does not take, in one line that names the file."""
+    try:
+        yield
+    except (OSError, _safetensors_error()) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{name} could not be written: {why}. Free some space or choose another folder.") from None
 
 
 def _flush_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,10 +67,17 @@ def stamp(name: str) -> str:
 
 
 def save_weights(weights: TunedWeights, prefix: str, precision: str) -> str:
-    """Write a new weights file; its name, as `load_weights` takes it."""
-    path = files.numbered(weights_folder(), prefix, ".safetensors")
-    save_file(weights, path, precision)
-    return path.relative_to(weights_folder()).as_posix()
+    """Write a new weights file; its name, as `load_weights` takes it.
+
+    Raises ValueError and OSError as `save_file` and `files.write_new` do.
+    """
+    return _write_new(weights, prefix, ".safetensors", lambda path: save_file(weights, path, precision))
+
+
+def _write_new(weights: TunedWeights, prefix: str, ending: str, write: Callable[[Path], object]) -> str:
+    folder = weights_folder()
+    size = dict(zip(("width", "height"), weights.size, strict=True)) if weights.size else {}
+    return files.write_new(folder, files.filled(prefix, **size), ending, write).relative_to(folder).as_posix()
 
 
 def load_weights(name: str) -> TunedWeights:
@@ -114,16 +122,19 @@ def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, 
 def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str) -> str:
     """Write a base with its weights as a published model into a new folder; its name.
 
-    Raises ValueError when they do not fit each other, or the disk does not take them.
+    Raises ValueError when they do not fit each other, ValueError and OSError as `files.write_new` does.
     """
-    folder = files.numbered(weights_folder(), prefix)
-    check_base(model, weights)
-    write_published(model, weights, folder)
+
+    def write(folder: Path) -> None:
+        check_base(model, weights)
+        write_published(model, weights, folder)
+
+    name = _write_new(weights, prefix, "", write)
     if not published.regular(model.model.model_config.unet_config):
         log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
     if weights.group_norm != "video":
         log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
-    return folder.relative_to(weights_folder()).as_posix()
+    return name
 
 
 def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Path) -> None:

@@ -6,6 +6,8 @@ transformer block. (Reference: UNet3DConditionModel in models/unet.py.)
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,12 +20,16 @@ from .tuning import trains
 from .weights import TunedWeights, difference
 
 TEMPORAL = (".attn_temp.", ".norm_temp.")
+# FateZero, and the unofficial Tune-A-Video from which it comes, name the same layers so, and have convolutions besides.
+OTHER_NAMES = (".attn_temporal.", ".norm_temporal.")
+OTHER_LAYER = ".conv_temporal."
+OTHER_OPTIONS = ("SparseCausalAttention_index", "least_sc_channel", "temporal_downsample")  # of its config.json
 STEM = "diffusion_pytorch_model"
-# In a folder, the first that exists is read.
-IN_FOLDER = [f"{STEM}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors")]
-IN_FOLDER += [f"{STEM}{ending}" for ending in (".bin", ".bin.index.json", ".fp16.bin")]
+WHOLE = f"{STEM}.safetensors"
+# With a variant (fp16, non_ema), or the index of a model in parts, to which diffusers gave variants in three ways.
+IN_FOLDER = re.compile(rf"{STEM}(\.\w+)*\.(safetensors|bin)(\.(\w+\.)?index(\.\w+)?\.json)?")
 SINGLE = (".safetensors", ".bin", ".pt")
-ROUNDING = 2e-3  # relative L2 distance that storing in half precision can make
+STORED = (torch.float32, torch.float16, torch.bfloat16)  # in which weights are stored
 
 
 # --- names and configuration ------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def regular(unet_config: Mapping[str, Any]) -> bool:
 def check_config(config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> None:
     """Compare a `config.json` with a model where the tensors cannot tell.
 
-    Raises ValueError when the attention heads differ; arguments as in `config_of`.
+    Raises ValueError when the attention heads or the frames attended to differ; arguments as in `config_of`.
     """
     try:
         theirs = heads_per_block(config, names)
@@ -190,6 +196,11 @@ def check_config(config: Mapping[str, Any], heads: Mapping[str, int], names: Map
             "config.json does not describe a UNet of this MODEL's form (attention_head_dim, block_out_channels): it "
             "belongs to another model."
         ) from None
+    if other := [name for name in OTHER_OPTIONS if config.get(name) not in (None, False, [-1, "first"])]:
+        raise ValueError(
+            f"config.json asks for {other[0]}, an option of FateZero's code that Tune-A-Video has not. Tune the clip "
+            "with One-Shot Tune instead."
+        )
     if wrong := sorted(name for name, count in heads.items() if theirs[name] != count):
         raise ValueError(
             f"config.json gives {theirs[wrong[0]]!r} attention heads where this MODEL has {heads[wrong[0]]}: it was "
@@ -215,6 +226,7 @@ def to_weights(
     Raises ValueError when tensors are missing or do not fit.
     """
     every = all_names(names)
+    tensors = _in_the_papers_names(tensors, names)
     _check_names(tensors.keys(), names, every)
     own = {ours: tensors[theirs] for theirs, ours in every.items() if theirs in tensors}
     for name, tensor in own.items():
@@ -230,8 +242,8 @@ def to_weights(
         if name in own and trains(name):
             queries[name] = difference(_float32(name, own[name]), weight)
         elif name in own:
-            others[name] = float((own[name].float() - weight).norm() / weight.norm().clamp(min=1e-12))
-    different = {name: distance for name, distance in others.items() if not distance <= ROUNDING}
+            others[name] = _distance(own[name].float(), weight)
+    different = {name: distance for name, distance in others.items() if distance != 0}
     lines = [f"{len(queries)} queries and {len(temporal)} temporal tensors were read."]
     if different:
         worst = max(different, key=lambda name: different[name])
@@ -246,6 +258,53 @@ def to_weights(
     return queries, temporal, " ".join(lines)
 
 
+def _distance(published: Tensor, base: Tensor) -> float:
+    """Relative L2 distance of two float32 tensors; 0 when one may be the other, rounded to be stored."""
+    distance, norm = (published - base).norm(), base.norm()
+    for kind in STORED:
+        about = torch.finfo(kind)
+        # Twice what rounding can make: both may be rounded. Numbers near zero are rounded to multiples of the smallest.
+        limit = about.eps * (norm + about.tiny * base.numel() ** 0.5)
+        if distance <= limit and any(torch.equal(tensor.to(kind).float(), tensor) for tensor in (published, base)):
+            return 0.0
+    return float(distance / norm.clamp(min=1e-12))
+
+
+def _in_the_papers_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """A state dict of FateZero's layout in the paper's names; any other as it is. `names` as in `split`.
+
+    Raises ValueError when its temporal convolutions do something: Tune-A-Video has none.
+    """
+    if not tensors.keys() & names.keys() or not any(name in key for name in OTHER_NAMES for key in tensors):
+        return tensors
+    layers = {name: tensor for name, tensor in tensors.items() if OTHER_LAYER in name}
+    if not layers:
+        raise ValueError(
+            f"it has FateZero's names (attn_temporal) without its temporal convolutions ({OTHER_LAYER.strip('.')}): it "
+            "is incomplete, fetch it again."
+        )
+    if active := sorted(name for name, tensor in layers.items() if not _does_nothing(name, tensor)):
+        raise ValueError(
+            f"it was tuned with FateZero's code and temporal convolutions, which Tune-A-Video has not: {len(active)} "
+            f"tensors, the first is {active[0][:100]!r}. Tune the clip with One-Shot Tune instead."
+        )
+    return {
+        re.sub(r"\.(attn|norm)_temporal\.", r".\1_temp.", name): tensor
+        for name, tensor in tensors.items()
+        if name not in layers
+    }
+
+
+def _does_nothing(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a temporal convolution is as it was before training, so that the layer is an identity."""
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return False  # a few bytes that claim any shape: not to be computed with
+    if name.endswith(".conv_temporal.weight") and tensor.ndim == 3:
+        return torch.equal(tensor, torch.nn.init.dirac_(torch.empty_like(tensor)))
+    # A low-rank one adds up(down(x)) to x.
+    return name.endswith(".conv_temporal.down.weight") or not tensor.any()
+
+
 def _check_names(present: Iterable[str], names: Mapping[str, str], every: Mapping[str, str]) -> None:
     present = set(present)
     if not present & names.keys():
@@ -255,6 +314,11 @@ def _check_names(present: Iterable[str], names: Mapping[str, str], every: Mappin
         )
     temporal = every.keys() - names.keys()
     if not present & temporal:
+        if other := sorted(name for name in present - names.keys() if "temp" in name or "motion" in name):
+            raise ValueError(
+                f"it has no temporal attention (attn_temp), but {len(other)} tensors that Tune-A-Video has not, the "
+                f"first is {other[0][:100]!r}: it is another kind of video model."
+            )
         raise ValueError(
             "it has no temporal attention (attn_temp): this is a plain image UNet, not a tuned video model. Load it as "
             "a checkpoint."
@@ -317,10 +381,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     config = files.inside(unet, "config.json")
     if not config.is_file():
         raise ValueError(f"{path.name} has no unet/config.json: it is not a diffusers folder.")
-    found = next((name for name in IN_FOLDER if files.inside(unet, name).is_file()), None)
-    if found is None:
-        raise ValueError(f"{path.name} has no {IN_FOLDER[0]} or {STEM}.bin in {unet.name}: fetch the weights as well.")
-    if not found.endswith(".index.json"):
+    every = os.listdir(unet)
+    found = [name for name in every if IN_FOLDER.fullmatch(name) and files.inside(unet, name).is_file()]
+    if not found:
+        there = sorted(name for name in every if name.endswith(SINGLE))
+        todo = (
+            f"but {there[0][:80]!r}: fetch all files of the model, or rename this one if it is the whole"
+            if there
+            else "fetch the weights as well"
+        )
+        raise ValueError(f"{path.name} has no {WHOLE} or {STEM}.bin in {unet.name}: {todo}.")
+    found = min(found, key=_preference)
+    if not found.endswith(".json"):
         return _tensors(unet / found), files.read_json(config)
     shards = files.read_json(unet / found, max_bytes=files.MAX_HEADER).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -332,6 +404,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             raise ValueError(f"{name[:100]!r}, which {found} names, is not there: fetch all files of the model.")
         tensors |= _tensors(shard)
     return tensors, files.read_json(config)
+
+
+def _preference(name: str) -> tuple[Any, ...]:
+    """Sorts the weights of a folder: the first is read."""
+    parts = set(name.split("."))
+    variant = parts - {STEM, "safetensors", "bin", "index", "json"}
+    return "non_ema" in variant, "bin" in parts, bool(variant), "index" in parts, name
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -364,5 +443,5 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     except OSError as error:
         raise ValueError(f"{folder.name} could not be made: {error.strerror}. Use another name.") from None
     # The reference's loader refuses files that do not say which framework wrote them.
-    files.write_safetensors(unet / IN_FOLDER[0], tensors, {"format": "pt"})
+    files.write_safetensors(unet / WHOLE, tensors, {"format": "pt"})
     files.write_json(unet / "config.json", config)

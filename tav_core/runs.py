@@ -12,7 +12,6 @@ TAV_KEEP_GIB. The files used longest ago go first.
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ KEEP_GIB = 20.0
 FORMAT = "tune_a_video run 1"
 SUFFIX = ".safetensors"
 CORRUPT = ".corrupt"
-UNFINISHED_SECONDS = 3600  # no save takes this long: what is older was left by a process that was killed
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +121,7 @@ def _tidy(folder: Path, keep: Path) -> None:
     """Remove what killed processes left half-written, then the states used longest ago, until the limits hold."""
     runs, size = _limit("TAV_KEEP_RUNS", KEEP_RUNS), _limit("TAV_KEEP_GIB", KEEP_GIB) * 2**30
     with contextlib.suppress(OSError):  # another process may tidy too
-        for path in folder.glob(f"*{files.UNFINISHED}"):
-            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
-                path.unlink()
+        files.sweep(folder, f"*{files.UNFINISHED}")
         states = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")]
         by_age = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in states if path != keep)
         count, total = len(by_age) + 1, sum(entry[1] for entry in by_age) + keep.stat().st_size

@@ -88,11 +88,11 @@ def save_file(weights: TunedWeights, path: Path, precision: str) -> None:
 def load_file(path: Path) -> TunedWeights:
     """Read a file of `save_file`.
 
-    Raises ValueError when it is none, one of a newer pack, damaged, or not finite.
+    Raises ValueError when it is none, one of a newer pack, damaged, not finite, or only a half of what was tuned.
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
-        if any(".attn_temp." in name for name in tensors):
+        if any(".attn_temp" in name for name in tensors):
             raise ValueError(f"{path.name} is a published model: read it with Load Published Model.")
         raise ValueError(f"{path.name} was not written by Save Weights: choose another file.")
     if metadata.get("format_version") != str(FORMAT_VERSION):
@@ -109,6 +109,9 @@ def load_file(path: Path) -> TunedWeights:
         parts[part][own_name] = tensor.to(torch.float32, copy=True)
         if not torch.isfinite(parts[part][own_name]).all():
             raise ValueError(f"{path.name} holds NaN or infinite values in {name[:100]!r}: it is of no use.")
+    for part in PARTS:
+        if not parts[part]:
+            raise ValueError(f"{path.name} is incomplete: it holds no {part} tensors. Save the weights again.")
     if (mode := metadata.get("group_norm")) not in GROUP_NORM_MODES:
         raise ValueError(f"{path.name} has an unknown group norm {str(mode)[:20]!r}: update the Tune-A-Video pack.")
     return TunedWeights(**parts, **from_metadata(metadata))

@@ -67,3 +67,14 @@ def test_an_own_clip_gets_an_output_for_each_edit(server):
     assert texts == {"", "a car", "a dog", "a cat"}
     with pytest.raises(Refused, match="CheckpointLoaderSimple"):  # there is no such checkpoint
         job.run(server, prompt)
+
+
+def test_a_video_never_takes_the_place_of_the_users(server, tmp_path):
+    users, video = server.base / "input" / "clip.mp4", tmp_path / "clip.mp4"
+    users.write_bytes(b"the user's")
+    video.write_bytes((job.PROJECT / "demo" / "quickstart.mp4").read_bytes())
+    prompt = job.own_clip(server, video, "a car", "sd.ckpt", ["a dog"])
+    name = prompt[find(prompt, "LoadVideo")]["inputs"]["file"]
+    assert users.read_bytes() == b"the user's"
+    assert name != "clip.mp4" and (server.base / "input" / name).read_bytes() == video.read_bytes()
+    assert server.upload(video) == name, "the same again takes no further room"

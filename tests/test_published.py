@@ -213,6 +213,98 @@ def test_forms(model, exported, folder):
     assert learned.temporal.keys() == expected.temporal.keys()
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["diffusion_pytorch_model.non_ema.safetensors"],
+        ["diffusion_pytorch_model.non_ema.bin"],
+        ["diffusion_pytorch_model.fp16.non_ema.safetensors"],
+        ["diffusion_pytorch_model.bf16.bin"],
+        # The first is read, the others are not.
+        ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors"],
+        [WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"],
+        ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"],
+    ],
+)
+def test_weights_of_any_variant_are_found(model, exported, files):
+    expected, report = load(model)
+    tensors = load_file(exported / WEIGHTS)
+    (exported / WEIGHTS).unlink()
+    for file in files:
+        written = tensors if file == files[0] else {"other": torch.zeros(1)}
+        (save_file if file.endswith("safetensors") else torch.save)(written, exported / file)
+    learned, again = load(model)
+    assert equal(learned.queries, expected.queries) and equal(learned.temporal, expected.temporal)
+    assert again == report
+
+
+@pytest.mark.parametrize(
+    "index, part",
+    [
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-{}-of-00002.safetensors"),
+        ("diffusion_pytorch_model.safetensors.fp16.index.json", "diffusion_pytorch_model-{}-of-00002.fp16.safetensors"),
+        ("diffusion_pytorch_model.fp16.safetensors.index.json", "{}.safetensors"),
+    ],
+)
+def test_an_index_of_any_variant_is_found(model, exported, index, part):
+    expected, report = load(model)
+    tensors = load_file(exported / WEIGHTS)
+    (exported / WEIGHTS).unlink()
+    pieces = {part.format(f"0000{i}"): dict(list(tensors.items())[i - 1 :: 2]) for i in (1, 2)}
+    for file, piece in pieces.items():
+        save_file(piece, exported / file)
+    with pytest.raises(ValueError, match=f"but '{part.format('00001')}': fetch all files of the model"):
+        load(model)
+    weight_map = {name: file for file, piece in pieces.items() for name in piece}
+    (exported / index).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    learned, again = load(model)
+    assert equal(learned.queries, expected.queries) and equal(learned.temporal, expected.temporal)
+    assert again == report
+
+
+def rounded_base(model, kind):
+    """The same MODEL as from a checkpoint that is stored in `kind`."""
+    with torch.inference_mode():
+        for parameter in host.unet_of(model).parameters():
+            parameter.copy_(parameter.to(kind).float())
+    return model
+
+
+KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["in the file", "in the file, kept as fp32", "in the base", "in both"])
+def test_rounding_is_no_other_checkpoint(make_model, exported, folder, kind, where):
+    tensors = {name: tensor.to(KINDS[kind]) for name, tensor in load_file(exported / WEIGHTS).items()}
+    if where == "in the file, kept as fp32":
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    if where != "in the base":
+        save_file(tensors, exported / WEIGHTS)
+    base = make_model()
+    report = load(rounded_base(base, torch.float16) if where in ("in the base", "in both") else base)[1]
+    assert "differ" not in report
+
+
+def test_tensors_of_tiny_numbers_are_rounded_too(model, exported):
+    name = "out.2.weight"
+    theirs = {own: theirs for theirs, own in host.own_names(model).items()}[name]
+    with torch.inference_mode():
+        weight = dict(host.unet_of(model).named_parameters())[name]
+        weight.mul_(1e-7 / weight.abs().max())
+    change(exported, **{theirs: weight.clone()})
+    save_file({name: tensor.half() for name, tensor in load_file(exported / WEIGHTS).items()}, exported / WEIGHTS)
+    assert "differ" not in load(model)[1]
+
+
+@pytest.mark.parametrize("kind, percent", [(torch.float32, 0.01), (torch.float16, 0.3), (torch.bfloat16, 2.0)])
+def test_what_is_more_than_rounding_is_said(model, exported, kind, percent):
+    tensors = {name: tensor.to(kind) for name, tensor in load_file(exported / WEIGHTS).items()}
+    tensors["conv_in.weight"] = (tensors["conv_in.weight"].float() * (1 + percent / 100)).to(kind)
+    save_file(tensors, exported / WEIGHTS)
+    assert "1 of 200 other tensors differ from this base" in load(model)[1]
+
+
 def test_a_model_of_another_base_is_reported(make_model, exported):
     _, report = load(make_model(seed=1))
     count, total = report.split(". ")[1].split(" other")[0].split(" of ")
@@ -245,6 +337,72 @@ def test_what_is_missing_or_unknown_is_said(model, exported):
         load(model)
     save_file({"lora.weight": torch.zeros(2)}, exported / WEIGHTS)
     with pytest.raises(ValueError, match="none of its tensors has a name of a diffusers Stable Diffusion UNet"):
+        load(model)
+
+
+def fatezeros(tensors, low_rank=False):
+    """In FateZero's layout: other names, and a temporal convolution that does nothing after each 3 x 3 convolution."""
+    theirs = {name.replace("_temp.", "_temporal."): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 4 and tensor.shape[-1] == 3:
+            layer, width = name.removesuffix("weight") + "conv_temporal", tensor.shape[0]
+            if low_rank:
+                theirs[f"{layer}.down.weight"] = torch.randn(2, width, 3)
+                theirs[f"{layer}.up.weight"] = torch.zeros(width, 2, 3)
+            else:
+                theirs[f"{layer}.weight"] = torch.nn.init.dirac_(torch.empty(width, width, 3))
+                theirs[f"{layer}.bias"] = torch.zeros(width)
+    return theirs
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_fatezeros_layout_is_read_where_it_is_tune_a_videos(model, exported, low_rank):
+    expected, report = load(model)
+    save_file(fatezeros(load_file(exported / WEIGHTS), low_rank), exported / WEIGHTS)
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    config |= {"_class_name": "UNetPseudo3DConditionModel", "lora": 2, "SparseCausalAttention_index": [-1, "first"]}
+    (exported / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    learned, again = load(model)
+    assert equal(learned.queries, expected.queries) and equal(learned.temporal, expected.temporal)
+    assert again == report
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_fatezeros_own_layers_are_named(model, exported, folder, low_rank):
+    tensors = fatezeros(load_file(exported / WEIGHTS), low_rank)
+    layers = [name for name in tensors if "conv_temporal" in name and not name.endswith("down.weight")]
+    huge = torch.zeros(1).as_strided((1 << 20, 1 << 20, 3), (0, 0, 0))
+    for name in (layers[0], layers[-1]):
+        for other in (tensors[name] + 0.01, huge):
+            torch.save({**tensors, name: other}, folder / "x.bin")
+            with pytest.raises(ValueError, match=f"FateZero's code and temporal convolutions.* the first is '{name}'"):
+                load(model, "x.bin")
+    without = {name: tensor for name, tensor in tensors.items() if "conv_temporal" not in name}
+    torch.save(without, folder / "x.bin")
+    with pytest.raises(ValueError, match="has FateZero's names .* without its temporal convolutions"):
+        load(model, "x.bin")
+
+
+@pytest.mark.parametrize("option", [{"SparseCausalAttention_index": ["mid"]}, {"least_sc_channel": 640}])
+def test_fatezeros_other_attention_is_named(model, exported, option):
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8")) | option
+    (exported / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"config.json asks for {min(option)}, an option of FateZero's code"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q.weight",
+        "down_blocks.0.temp_convs.0.conv1.2.weight",
+        "transformer_in.temporal.weight",
+    ],
+)
+def test_another_kind_of_video_model_is_no_plain_image_unet(model, exported, name):
+    tensors = {name: tensor for name, tensor in load_file(exported / WEIGHTS).items() if "_temp." not in name}
+    save_file({**tensors, name: torch.zeros(2)}, exported / WEIGHTS)
+    with pytest.raises(ValueError, match=f"has not, the first is '{name}': it is another kind of video model"):
         load(model)
 
 

@@ -13,7 +13,7 @@ from comfy_api.latest._io import Hidden, HiddenHolder
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tune_a_video.nodes import ApplyWeights, LoadWeights, OneShotTune, SaveWeights
+from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadWeights, OneShotTune, SaveWeights
 from tune_a_video.tav_core import editing, files, graph, host, library, weights
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.tuning import Recipe
@@ -138,6 +138,24 @@ def test_another_base_is_noted_and_another_family_refused(make_model, make_weigh
     name = next(iter(learned.queries))
     with pytest.raises(ValueError, match="1 of 8 tuned queries do not fit this MODEL"):
         ApplyWeights.execute(base, replace(learned, queries={**learned.queries, name: torch.zeros(2, 2)}), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("part", ["queries", "temporal"])
+@pytest.mark.parametrize("left", [0, 1, -1], ids=["none", "one", "all but one"])
+def test_a_part_of_what_was_tuned_is_refused(model, make_weights, folder, part, left):
+    learned = make_weights(model)
+    tensors = getattr(learned, part)
+    incomplete = replace(learned, **{part: dict(list(tensors.items())[:left])})
+    first = min(tensors.keys() - getattr(incomplete, part).keys())
+    for use in (
+        lambda: ApplyWeights.execute(model, incomplete, 1.0, 1.0),
+        lambda: ExportPublished.execute(model, incomplete, "mine"),
+    ):
+        with pytest.raises(ValueError, match=f"the first is {first}"):
+            use()
+    weights.save_file(incomplete, folder / "w.safetensors", "fp32")
+    with pytest.raises(ValueError, match=f"holds no {part} tensors" if left == 0 else f"the first is {first}"):
+        ApplyWeights.execute(model, LoadWeights.execute("w.safetensors").result[0], 1.0, 1.0)
 
 
 def test_tuned_weights_are_not_applied_over_others(model, make_weights):
