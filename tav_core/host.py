@@ -229,8 +229,15 @@ def fingerprint(model: ModelPatcher) -> str:
 
     It reads gigabytes: some seconds for a full-size model.
     """
-    patches = sorted(model.get_key_patches(UNET).items())
-    return digest([(key, weight, more) for key, ((weight, _convert), *more) in patches])
+    return digest([(key, *_plain(entries)) for key, entries in sorted(model.get_key_patches(UNET).items())])
+
+
+def _plain(entries: Any) -> tuple[Tensor, list[Any]]:
+    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind."""
+    (weight, convert), *patches = entries
+    return convert(weight, inplace=False), [
+        (strength, _plain(value) if isinstance(value, list) else value, *more) for strength, value, *more in patches
+    ]
 
 
 def load(model: ModelPatcher) -> None:
