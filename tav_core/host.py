@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from .tuning import PredictionType
 Conditioning = list[list[Any]]
 KEY = "tune_a_video"
 UNET = "diffusion_model."
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "invalid buffer size")
 OVERRIDE = "optimized_attention_override"  # the host's transformer option
 FOLDER = "tune_a_video"
 LATENT_PIXELS = 8  # width and height of what one latent stands for
@@ -95,6 +97,13 @@ def unet_of(model: ModelPatcher) -> UNetModel:
             f"this MODEL's UNet takes {unet.in_channels} channels instead of {channels}: it is an inpainting, "
             f"instruct or upscale model. {wanted}"
         )
+    for name, weight in unet.named_parameters():
+        # Packed ones, as GGUF's, are whole numbers, or claim another shape than they have.
+        if not weight.is_floating_point() or weight.size() != weight.shape:
+            raise ValueError(
+                f"this MODEL's weights are quantised ({name} is a {type(weight.data).__name__} of {weight.dtype}), and "
+                "Tune-A-Video needs plain ones. Use the fp16 checkpoint."
+            )
     return unet
 
 
@@ -224,6 +233,7 @@ def family_of(model: ModelPatcher) -> str:
     return f"{name} ({prediction_type_of(model)})"
 
 
+@torch.no_grad()
 def fingerprint(model: ModelPatcher) -> str:
     """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
 
@@ -353,6 +363,41 @@ def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> Non
     )
 
 
+def unused_in_training(model: ModelPatcher) -> list[str]:
+    """Names of what a MODEL carries for the host's sampling and a private copy of its weights does not compute.
+
+    Left out is what works on the prediction only, as guidance does, and what is honoured otherwise.
+    """
+    elsewhere = ("sampler_", "multigpu_", "disable_cfg1_optimization", "denoise_mask_function", "context_handler")
+    options = {name: value for name, value in model.model_options.items() if not name.startswith(elsewhere)}
+    inner = {**options.pop("transformer_options", {})}
+    inner.pop("callbacks", None)
+    called = [comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, comfy.patcher_extension.WrappersMP.APPLY_MODEL]
+    wrappers = [
+        {f"{kind} wrapper": {key: value for key, value in wrapped.get(kind, {}).items() if key != KEY}}
+        for wrapped in (model.wrappers, inner.pop("wrappers", {}))
+        for kind in called
+    ]
+    objects = {
+        name: value
+        for name, value in model.object_patches.items()
+        if name not in ("model_sampling", "manual_cast_dtype")
+    }
+    kinds = ("injections", "weight_wrapper_patches", "hook_patches")
+    rest = {"object_patches": objects, **{kind: getattr(model, kind, None) for kind in kinds}}
+    return list(dict.fromkeys(name for part in (options, inner, *wrappers, rest) for name in _set_in(part)))
+
+
+def _set_in(options: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """The paths of names in nested options at which something is set."""
+    for name, value in options.items():
+        here = f"{path} {name}".strip() if isinstance(name, str) else path
+        if isinstance(value, Mapping):
+            yield from _set_in(value, here)
+        elif not (value is None or value is False or (isinstance(value, (list, tuple)) and not value)):
+            yield here
+
+
 # --- weights and memory ---
 
 
@@ -362,7 +407,7 @@ def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callabl
     Patches (LoRA, merges, earlier tunes) are applied; the model itself is not loaded, patched or changed.
     """
     for key, ((weight, convert), *patches) in model.get_key_patches(UNET).items():
-        if not wanted(key):
+        if not wanted(key.removeprefix(UNET)):
             continue
         own = convert(weight.detach().to(device, torch.float32, copy=True), inplace=True)
         if patches:
@@ -388,6 +433,23 @@ def free_memory() -> None:
     """Give back to the device what no one uses any more; a network and its hooks refer to each other."""
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, of any kind, has no memory left. Not all kinds have a class for it."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+@contextmanager
+def surviving_out_of_memory() -> Iterator[None]:
+    """End the block, and go on after it, when a device has no memory left. Other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def free_bytes(device: torch.device) -> int:
