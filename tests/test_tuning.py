@@ -366,7 +366,10 @@ def scaled_fp8(model, scale):
     for name, layer in base.diffusion_model.named_modules():
         if hasattr(layer, "scale_weight"):
             layer.scale_weight.data.fill_(scale)
-            model.model.diffusion_model.get_submodule(name).weight.data.copy_(layer.weight.data.float() * scale)
+            own = model.model.diffusion_model.get_submodule(name)
+            own.weight.data.copy_(layer.weight.data.float() * scale)
+            if own.bias is not None:
+                own.bias.data.copy_(layer.bias.data.float())
     return host.ModelPatcher(base, model.load_device, model.offload_device), model
 
 
