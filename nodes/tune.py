@@ -11,7 +11,7 @@ from ..tav_core.apply import apply_weights
 from ..tav_core.clip import to_image
 from ..tav_core.memory import MEMORY
 from ..tav_core.one_shot import Saving, Validation, one_shot_tune, runs_folder
-from ..tav_core.plot import curve_with_edit, loss_curve
+from ..tav_core.plot import curve_with_edit, loss_curve, with_note
 from ..tav_core.tuning import Recipe
 from .schema import CATEGORY, Weights, advanced
 
@@ -142,6 +142,9 @@ class OneShotTune(io.ComfyNode):
                 io.Model.Output("tuned_model", display_name="model", tooltip="The tuned model, to invert and sample."),
                 Weights.Output("weights", display_name="weights", tooltip="What was learned, without the base model."),
                 io.Image.Output("loss_plot", display_name="loss plot", tooltip="The loss of every step."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What happened, such as resumed or reused, and the loss."
+                ),
             ],
         )
 
@@ -166,8 +169,11 @@ class OneShotTune(io.ComfyNode):
         validation_negative=None,
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
+        prompt, node = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else (None, None)
+        known = {"caption": graph.caption_of(prompt, node), "stride": graph.stride_of(prompt, node)}
         show = host.progress(steps)
         losses: list[float] = []
+        told: list[str] = []
         drawn = 0.0
         edit: deque[Any] = deque()  # the frames of the latest preview, the one that is shown in front
         edited = 0  # the step that it was made at
@@ -178,29 +184,31 @@ class OneShotTune(io.ComfyNode):
             picture, now = None, time.monotonic()
             if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
                 drawn = now
-                # One after the other, however slow the steps are.
-                edit.rotate(-1)
-                picture = draw(edit[0]) if edit else loss_curve(losses, steps)
+                edit.rotate(-1)  # one after the other, however slow the steps are
+                picture = draw()
             show(step.number, picture)
 
-        def draw(frame):
-            return curve_with_edit(losses, steps, frame, f"edit at step {edited}")
+        def draw():
+            if edit:
+                picture = curve_with_edit(losses, steps, edit[0], f"edit at step {edited}")
+            else:
+                picture = loss_curve(losses, steps)
+            return with_note(picture, "\n".join(told))
 
         def on_edit(step, frames):
             nonlocal edit, edited
             edit, edited = deque(frames), step
-            show(step, draw(edit[0]))
-
-        validation = None
-        if validation_prompt is not None:
-            validation = Validation(validation_prompt, validation_negative, validation_every, on_edit)
-        told: list[str] = []
+            show(step, draw())
 
         def tell(text):
             told.append(text)
             log.info("Tune-A-Video: %s", text)
-            host.progress_text(cls.hidden and cls.hidden.unique_id, "\n".join(told))
+            host.progress_text(node, "\n".join(told))
+            show(len(losses), draw())  # newer pages clear that text when the job ends, but leave the last picture
 
+        validation = None
+        if validation_prompt is not None:
+            validation = Validation(validation_prompt, validation_negative, validation_every, on_edit)
         weights = one_shot_tune(
             model,
             latents,
@@ -214,11 +222,18 @@ class OneShotTune(io.ComfyNode):
             validation=validation,
             tell=tell,
         )
+        plot = to_image(with_note(loss_curve(weights.losses, steps), "\n".join(told)))
         if not told:
-            tell(f"trained {steps} steps")  # the page shows progress text, but no PreviewText of such a node
-        if cls.hidden:
-            prompt, node = cls.hidden.prompt, cls.hidden.unique_id
-            weights = replace(weights, caption=graph.caption_of(prompt, node), stride=graph.stride_of(prompt, node))
-        plot = to_image(loss_curve(weights.losses, steps))
+            told.append(f"trained {steps} steps")
+            host.progress_text(node, told[0])  # the page shows progress text, but no PreviewText of such a node
         text = "\n".join(told)
-        return io.NodeOutput(apply_weights(model, weights), weights, plot, ui=ui.PreviewText(text))
+        report = f"{text}\n{_summary(weights.losses)}"
+        tuned = apply_weights(model, weights)
+        return io.NodeOutput(tuned, replace(weights, **known), plot, report, ui=ui.PreviewText(text))
+
+
+def _summary(losses: list[float]) -> str:
+    """The loss at both ends of a tune. A single step's mostly shows which timestep was drawn."""
+    part = max(len(losses) // 10, 1)
+    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+    return f"mean loss of the first {part} of {len(losses)} steps: {first:.4f}, of the last {part}: {last:.4f}"

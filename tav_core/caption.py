@@ -16,14 +16,14 @@ SYSTEM_FONTS = ("msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK
                 "arial.ttf", "Arial Unicode.ttf", "DejaVuSans.ttf")  # fmt: skip
 
 
-def write(canvas: Image, at: tuple[int, int], lines: list[str], size: int = 12) -> None:
+def write(canvas: Image, at: tuple[int, int], lines: list[str], size: int = 12, ink: str = INK) -> None:
     """Draw lines below each other, from the upper left corner `at`; what the canvas does not hold is cut off."""
     # Imported here, and below: drawing is needed by few nodes only, importing the pack must stay quick.
     from PIL import ImageDraw
 
     draw, (x, y) = ImageDraw.Draw(canvas), at
     for i, line in enumerate(lines):
-        draw.text((x, y + i * line_height(size)), line, fill=INK, font=_font(line, size))
+        draw.text((x, y + i * line_height(size)), line, fill=ink, font=_font(line, size))
 
 
 def line_height(size: int) -> int:

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from . import host
 
+# Options of a CONDITIONING that a UNet of Stable Diffusion 1.x and 2.x does not read, and values at which others change
+# nothing.
+UNREAD = {"pooled_output", "uuid"}
+NEUTRAL = {"strength": 1, "start_percent": 0, "end_percent": 1, "clip_start_percent": 0, "clip_end_percent": 1}
+
 
 def check_inputs(
     model: host.ModelPatcher, latent: Mapping[str, Any], min_frames: int = 1, **prompts: host.Conditioning
@@ -90,3 +95,19 @@ def _check_conditioning(name: str, conditioning: host.Conditioning, unet: host.U
             raise ValueError(
                 f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
             )
+
+
+def check_caption(caption: host.Conditioning) -> None:
+    """Whether a tune can use all of the caption. Raises ValueError naming what it cannot."""
+    if len(caption) != 1:
+        raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    lost = [
+        name
+        for name, value in caption[0][1].items()
+        if not (name in UNREAD or value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]))
+    ]
+    if lost:
+        raise ValueError(
+            f"caption carries {', '.join(map(str, lost))}, which tuning cannot use: it learns the whole clip with one "
+            "plain prompt. Connect CLIP Text Encode directly."
+        )

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from .tuning import PredictionType
 Conditioning = list[list[Any]]
 KEY = "tune_a_video"
 UNET = "diffusion_model."
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "invalid buffer size")
 OVERRIDE = "optimized_attention_override"  # the host's transformer option
 FOLDER = "tune_a_video"
 LATENT_PIXELS = 8  # width and height of what one latent stands for
@@ -99,6 +100,13 @@ def unet_of(model: ModelPatcher) -> UNetModel:
             f"this MODEL's UNet takes {unet.in_channels} channels instead of {channels}: it is an inpainting, "
             f"instruct or upscale model. {wanted}"
         )
+    for name, weight in unet.named_parameters():
+        # Packed ones, as GGUF's, are whole numbers, or claim another shape than they have.
+        if not weight.is_floating_point() or weight.size() != weight.shape:
+            raise ValueError(
+                f"this MODEL's weights are quantised ({name} is a {type(weight.data).__name__} of {weight.dtype}), and "
+                "Tune-A-Video needs plain ones. Use the fp16 checkpoint."
+            )
     return unet
 
 
@@ -228,13 +236,21 @@ def family_of(model: ModelPatcher) -> str:
     return f"{name} ({prediction_type_of(model)})"
 
 
+@torch.no_grad()
 def fingerprint(model: ModelPatcher) -> str:
     """SHA-256, as hex, of the UNet's weights and of every patch on them: equal for models that compute the same.
 
     It reads gigabytes: some seconds for a full-size model.
     """
-    patches = sorted(model.get_key_patches(UNET).items())
-    return digest([(key, weight, more) for key, ((weight, _convert), *more) in patches])
+    return digest([(key, *_plain(entries)) for key, entries in sorted(model.get_key_patches(UNET).items())])
+
+
+def _plain(entries: Any) -> tuple[Tensor, list[Any]]:
+    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind."""
+    (weight, convert), *patches = entries
+    return convert(weight, inplace=False), [
+        (strength, _plain(value) if isinstance(value, list) else value, *more) for strength, value, *more in patches
+    ]
 
 
 def load(model: ModelPatcher) -> None:
@@ -434,6 +450,41 @@ def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> Non
     )
 
 
+def unused_in_training(model: ModelPatcher) -> list[str]:
+    """Names of what a MODEL carries for the host's sampling and a private copy of its weights does not compute.
+
+    Left out is what works on the prediction only, as guidance does, and what is honoured otherwise.
+    """
+    elsewhere = ("sampler_", "multigpu_", "disable_cfg1_optimization", "denoise_mask_function", "context_handler")
+    options = {name: value for name, value in model.model_options.items() if not name.startswith(elsewhere)}
+    inner = {**options.pop("transformer_options", {})}
+    inner.pop("callbacks", None)
+    called = [comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, comfy.patcher_extension.WrappersMP.APPLY_MODEL]
+    wrappers = [
+        {f"{kind} wrapper": {key: value for key, value in wrapped.get(kind, {}).items() if key != KEY}}
+        for wrapped in (model.wrappers, inner.pop("wrappers", {}))
+        for kind in called
+    ]
+    objects = {
+        name: value
+        for name, value in model.object_patches.items()
+        if name not in ("model_sampling", "manual_cast_dtype")
+    }
+    kinds = ("injections", "weight_wrapper_patches", "hook_patches")
+    rest = {"object_patches": objects, **{kind: getattr(model, kind, None) for kind in kinds}}
+    return list(dict.fromkeys(name for part in (options, inner, *wrappers, rest) for name in _set_in(part)))
+
+
+def _set_in(options: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """The paths of names in nested options at which something is set."""
+    for name, value in options.items():
+        here = f"{path} {name}".strip() if isinstance(name, str) else path
+        if isinstance(value, Mapping):
+            yield from _set_in(value, here)
+        elif not (value is None or value is False or (isinstance(value, (list, tuple)) and not value)):
+            yield here
+
+
 # --- weights and memory ---
 
 
@@ -471,7 +522,7 @@ def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callabl
     Patches (LoRA, merges, earlier tunes) are applied; the model itself is not loaded, patched or changed.
     """
     for key, ((weight, convert), *patches) in model.get_key_patches(UNET).items():
-        if not wanted(key):
+        if not wanted(key.removeprefix(UNET)):
             continue
         own = convert(weight.detach().to(device, torch.float32, copy=True), inplace=True)
         if patches:
@@ -497,6 +548,23 @@ def free_memory() -> None:
     """Give back to the device what no one uses any more; a network and its hooks refer to each other."""
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, of any kind, has no memory left. Not all kinds have a class for it."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+@contextmanager
+def surviving_out_of_memory() -> Iterator[None]:
+    """End the block, and go on after it, when a device has no memory left. Other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def free_bytes(device: torch.device) -> int:

@@ -63,7 +63,9 @@ class TrainingUNet:
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = PlainOps
         self.unet = type(host_unet)(**config, device="meta", operations=operations)
-        source = self.unet.float().state_dict().items() if blank else host.effective_weights(model, self.device)
+        plain = self.unet.float().state_dict()
+        # A quantised MODEL has scales beside its weights; they are applied to those by then.
+        source = plain.items() if blank else host.effective_weights(model, self.device, plain.__contains__)
         # Norms and biases stay in float32 too: not every device normalises in mixed precision.
         weights = {name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen) for name, weight in source}
         self.unet.load_state_dict(weights, strict=True, assign=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +15,11 @@ from torch import Tensor
 from . import host, runs
 from . import memory as memories
 from .apply import apply_weights
-from .checks import check_inputs
+from .checks import check_caption, check_inputs
 from .digest import digest
 from .editing import invert, sample_video
 from .network import TrainingUNet, estimate_step
-from .tuning import Draws, Recipe, Step, Training, reports_of, trains, weights_of
+from .tuning import METHOD_VERSION, Draws, Recipe, Step, Training, not_finite, reports_of, trains, weights_of
 from .weights import TunedWeights, difference
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class Saving:
     Attributes:
         folder: where (`runs_folder`).
         every: steps between two saves; it is also saved at Cancel, at an error and at the end.
-        restart: begin anew, even if a saved state could be continued.
+        restart: begin anew, even if a saved state could be continued; that stays until this tune has come as far.
     """
 
     folder: Path
@@ -96,10 +95,12 @@ def one_shot_tune(
         memory: "auto", "fast" or "low" estimates first and decides what is recomputed (`memory.plan`); None trusts
             `recompute`.
         validation: None samples nothing.
-        tell: called with what the user should know: resumed, reused, not saved, out of memory.
+        tell: called with what the user should know: resumed, reused, not saved, out of memory, what of the model and
+            the latents is not used.
     Raises:
+        ValueError: the inputs do not fit each other, or the caption carries what a tune cannot use.
         MemoryError: it does not fit, by the estimate or in fact.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, the gradient or what was learned is not finite.
     """
     prompts = {"caption": caption}
     if validation is not None:
@@ -107,8 +108,11 @@ def one_shot_tune(
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
     samples = check_inputs(model, latent, min_frames=2, **prompts)
-    if len(caption) != 1:
-        raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    check_caption(caption)
+    if unused := host.unused_in_training(model):
+        tell(f"not used while it tunes, only when it samples: {', '.join(unused)}")
+    if latent.get("noise_mask") is not None:
+        tell("the latents' mask is not used: a tune learns whole frames")
     device = model.load_device
     precision = host.resolve_precision(precision, device)
 
@@ -119,23 +123,23 @@ def one_shot_tune(
         sigmas = host.model_sigmas(model).detach().clone().cpu()
         identity = host.fingerprint(model)
 
-        def signed(weights: TunedWeights) -> TunedWeights:
+        def signed(weights: TunedWeights, date: str) -> TunedWeights:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            return replace(weights, base_fingerprint=identity, date=now)
+            return replace(weights, base_fingerprint=identity, date=date or now)
 
-        run = state = None
+        run = saved = None
         if saving is not None:
             key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
             run = runs.Run(saving.folder, key, recipe.steps)
-            state = None if saving.restart else run.load()
-        if state is not None:
-            reports = reports_of(state)
+            saved = None if saving.restart else run.load()
+        if saved is not None:
+            reports = reports_of(saved.state)
             finished = len(reports) == recipe.steps
             tell(f"reused: all {recipe.steps} steps were saved" if finished else f"resumed after step {len(reports)}")
             for report in reports:
                 on_step(report)
             if finished:
-                return signed(_result(model, weights_of(state), reports, recipe, latents.shape))
+                return signed(_result(model, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
         host.unload(device)
         if memory is not None:
             recompute = _plan(model, latents.shape, context.shape[1], precision, memory)
@@ -145,14 +149,15 @@ def one_shot_tune(
         )
         for attempted in dict.fromkeys((recompute, "all")):
             weights = None
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                weights = tune.attempt(attempted, state)
+            with host.surviving_out_of_memory():
+                weights = tune.attempt(attempted, saved and saved.state)
             host.free_memory()  # here, where no traceback holds the network any more
             if weights is not None:
-                return signed(weights)
-            state = run and run.load()
+                return signed(weights, tune.date)
             if attempted != "all":
-                start = f"from step {len(reports_of(state))}" if state else "from the start"
+                # After `restart`, only what this very tune has saved.
+                saved = run.load(tune.saved if saving and saving.restart else None) if run and tune.saved else None
+                start = f"from step {len(reports_of(saved.state))}" if saved else "from the start"
                 tell(f"out of memory; tried again with memory low, {start}")
         raise MemoryError(
             "the device ran out of memory even with memory low. Use fewer frames or a smaller size, or "
@@ -167,7 +172,8 @@ class _Tune:
     Attributes:
         latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
         run: where the state is saved after every `save_every` steps; None saves nothing.
-        saved, last_save: the step whose state is on disk, and the last one that should be.
+        saved, last_save: the step whose state this tune has on disk, and the last one that should be.
+        date: of the state of `last_save`, where it was saved.
     """
 
     model: host.ModelPatcher
@@ -185,6 +191,7 @@ class _Tune:
     tell: Callable[[str], None]
     saved: int = 0
     last_save: int = 0
+    date: str = ""
 
     def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
@@ -217,27 +224,31 @@ class _Tune:
                 host.prediction_type_of(self.model),
                 after_step,
             )
+            return self.result(training)
+        except FloatingPointError as error:
+            self.save(training)
+            kept = f"The state of step {self.saved} stays saved: set steps to {self.saved} to use it."
+            raise FloatingPointError(f"{error} {kept if self.saved else 'Nothing of it is saved.'}") from None
         finally:
             self.save(training)  # at the end, at Cancel and at an error alike
-        return self.result(training)
 
     def save(self, training: Training) -> None:
-        """Save the state, if there is a new and whole one. A full disk is told, and does not stop the tune."""
+        """Save the state, if there is a new and whole one. That it cannot be is told, and does not stop the tune."""
         step = len(training.reports)
         if self.run is None or step == self.last_save or not training.whole:
             return
-        self.last_save = step
+        self.last_save, self.date = step, ""
         try:
-            self.run.save(training.state(), step)
+            self.date = self.run.save(training.state(), step)
             self.saved = step
-        except OSError as error:
+        except (OSError, ValueError) as error:
             older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
-            self.tell(f"step {step} could not be saved ({error}); tuning goes on, {older}")
+            self.tell(f"step {step} could not be saved ({error}); {older}")
 
     def validate(self, training: Training, validation: Validation) -> None:
         """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
         step, pictures = len(training.reports), None
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        with host.surviving_out_of_memory():
             pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
         host.unload(self.model.load_device)
         if pictures is None:
@@ -306,6 +317,7 @@ def _run_key(
     unet, inflation = host.unet_of(model), host.inflation_of(model)
     return digest(
         {
+            "method": METHOD_VERSION,
             "model": identity,
             "config": repr(sorted(model.model.model_config.unet_config.items())),
             "heads": {name: block.n_heads for name, block in host.parts_of(unet).blocks.items()},
@@ -324,7 +336,15 @@ def _run_key(
 def _result(
     model: host.ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
 ) -> TunedWeights:
-    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'."""
+    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'.
+
+    Raises FloatingPointError when they hold values that are not finite.
+    """
+    if names := not_finite(trained):
+        raise FloatingPointError(
+            f"{names[0]} became NaN or infinite by step {len(reports)}, so there is no result. Lower learning_rate, or "
+            "set precision to fp32."
+        )
     inflation = host.inflation_of(model)
     base = host.effective_weights(model, model.load_device, trains)
     frames, _channels, height, width = shape

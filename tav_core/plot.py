@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import caption
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-INK, GRID, RAW, SMOOTH = "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
+PAPER, INK, GRID, RAW, SMOOTH = "#1e1e1e", "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
 MARGIN_LEFT, MARGIN = 64, 28
 WIDTH, HEIGHT = 512, 320
 EDIT = 216  # pixels of the width, for an edit beside the curve
+NOTE_LINES = 12  # more would leave the curve no room where the page shows the picture small
 FONT = 14  # readable where the page draws the picture at two thirds of its size
 
 
@@ -23,7 +26,7 @@ def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: 
     # Imported here: drawing is needed by one node only, importing the pack must stay quick.
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", (width, height), "#1e1e1e")
+    picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     top = max(losses, default=1.0) * 1.05 or 1.0
     right, bottom = width - MARGIN, height - MARGIN
@@ -65,3 +68,17 @@ def curve_with_edit(losses: Sequence[float], steps: int, frame: Image, label: st
     picture.paste(frame.resize(size, Image.Resampling.BICUBIC), (left, top))
     ImageDraw.Draw(picture).text((WIDTH - EDIT + 6, 6), label, fill=INK, font_size=FONT)
     return picture
+
+
+def with_note(picture: Image, text: str) -> Image:
+    """A picture with text below it, at most `NOTE_LINES`; as it is where there is no text."""
+    from PIL import Image
+
+    if not text:
+        return picture
+    lines = caption.wrap(text, picture.width - 2 * MARGIN, FONT, NOTE_LINES)
+    height = picture.height + len(lines) * caption.line_height(FONT) + MARGIN // 2
+    noted = Image.new("RGB", (picture.width, height), PAPER)
+    noted.paste(picture, (0, 0))
+    caption.write(noted, (MARGIN, picture.height), lines, FONT, INK)
+    return noted

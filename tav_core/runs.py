@@ -1,9 +1,9 @@
 """Saved states of tunes: one file a run, found again by what determines its result.
 
-A state is a safetensors file `KEY.STEPS.safetensors`. KEY is the `digest` of all that the result depends on except
+A state is a safetensors file `KEY.STEP.safetensors`. KEY is the `digest` of all that the result depends on except
 the number of steps: as the draws are one stream, a run of 300 steps is the beginning of one of 500, so a run is
-continued from the longest saved state that does not reach beyond it. STEPS is where the run was to end: a shorter run
-never overwrites a longer one.
+continued from the longest saved state that does not reach beyond it. STEP is how many steps were done: a state
+replaces none but one of as many steps. A run that has come further removes its own shorter ones, and no others.
 
 How much is kept is set here: `KEEP_RUNS` files and `KEEP_GIB` GiB, or the environment variables TAV_KEEP_RUNS and
 TAV_KEEP_GIB. The files used longest ago go first.
@@ -11,9 +11,11 @@ TAV_KEEP_GIB. The files used longest ago go first.
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,24 @@ from torch import Tensor
 
 from . import files
 from .digest import digest
+from .tuning import not_finite
 
 KEEP_RUNS = 20
 KEEP_GIB = 20.0
 
-FORMAT = "tune_a_video run 1"
+FORMAT = "tune_a_video run 2"
 SUFFIX = ".safetensors"
 CORRUPT = ".corrupt"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state (`Training.state`) that was saved, and when: UTC, ISO 8601."""
+
+    state: dict[str, Tensor]
+    date: str
 
 
 @dataclass(frozen=True)
@@ -49,37 +60,56 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{self.key}.{self.steps}{SUFFIX}"
+        """Where the run is saved when it is done."""
+        return self._path(self.steps)
 
-    def load(self) -> dict[str, Tensor] | None:
-        """The longest saved state from which this run can go on, or None. What is corrupt is renamed and left out."""
-        usable = []
-        for path in self.folder.glob(f"{self.key}.*{SUFFIX}"):
+    def load(self, step: int | None = None) -> Saved | None:
+        """The longest saved state from which this run can go on, or the one of `step`; None where there is none.
+
+        What is corrupt is renamed and left out.
+        """
+        for done, path in sorted(self._saved(), reverse=True):
+            if done > self.steps or step not in (None, done):
+                continue
             try:
-                if (step := _step(path)) <= self.steps:
-                    usable.append((step, path))
-            except (OSError, ValueError) as error:
-                _distrust(path, error)
-        for _, path in sorted(usable, reverse=True):
-            try:
-                state = _read(path, self.key)
+                saved = _read(path, self.key, done)
             except (OSError, ValueError) as error:
                 _distrust(path, error)
                 continue
             with contextlib.suppress(OSError):
                 os.utime(path)  # used now: among the last to go
-            return state
+            return saved
         return None
 
-    def save(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Replace this run's file by `state` after `step` steps, at once or not at all.
+    def save(self, state: Mapping[str, Tensor], step: int) -> str:
+        """Save `state` after `step` steps, at once or not at all; the date that it is saved with.
 
-        Raises OSError when it cannot be written; the older file is then as it was.
+        Raises ValueError when it holds values that are not finite, OSError when it cannot be written; what was saved
+        before is then as it was.
         """
-        metadata = {"format": FORMAT, "step": str(step), "digest": digest([self.key, step, state])}
+        _check_finite(state)
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        about = {"format": FORMAT, "step": str(step), "steps": str(self.steps), "date": date}
+        about["digest"] = _signature(self.key, about, state)
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_safetensors(self.path, state, metadata)
-        _tidy(self.folder, self.path)
+        files.write_safetensors(self._path(step), state, about)
+        for done, path in self._saved():
+            if done < step:
+                with contextlib.suppress(OSError, ValueError):
+                    if _about(path)["steps"] == about["steps"]:
+                        path.unlink()
+        _tidy(self.folder, {path for done, path in self._saved() if done >= step})
+        return date
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{self.key}.{step}{SUFFIX}"
+
+    def _saved(self) -> list[tuple[int, Path]]:
+        """The steps done in each saved state of this key, and its file."""
+        found = (
+            (path.name[len(self.key) + 1 : -len(SUFFIX)], path) for path in self.folder.glob(f"{self.key}.*{SUFFIX}")
+        )
+        return [(int(done), path) for done, path in found if done.isdecimal()]
 
 
 def _open(path: Path) -> Any:
@@ -89,24 +119,34 @@ def _open(path: Path) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _step(path: Path) -> int:
-    """The number of steps done in a saved state. Raises ValueError or OSError when it cannot be one."""
+def _about(path: Path) -> dict[str, str]:
+    """The metadata of a saved state. Raises ValueError or OSError when it cannot be one."""
     with _open(path) as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT or not metadata.keys() >= {"step", "digest"}:
+        about = file.metadata() or {}
+    if about.get("format") != FORMAT or not about.keys() >= {"step", "steps", "date", "digest"}:
         raise ValueError(f"it is no file of {FORMAT}")
-    return int(metadata["step"])
+    return about
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
+def _read(path: Path, key: str, step: int) -> Saved:
     """A saved state, checked against its digest. Raises ValueError or OSError when it is not what was saved."""
+    about = _about(path)
     with _open(path) as file:
-        metadata = file.metadata()
         # Cloned: the file stays mapped otherwise, and Windows replaces no mapped file.
         state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    if metadata["digest"] != digest([key, int(metadata["step"]), state]):
+    if about["step"] != str(step) or about["digest"] != _signature(key, about, state):
         raise ValueError("it does not hold what was written")
-    return state
+    _check_finite(state)
+    return Saved(state, about["date"])
+
+
+def _signature(key: str, about: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
+    return digest([key, about["step"], about["steps"], about["date"], state])
+
+
+def _check_finite(state: Mapping[str, Tensor]) -> None:
+    if names := not_finite(state):
+        raise ValueError(f"it holds NaN or infinite values in {names[0]}")
 
 
 def _distrust(path: Path, error: Exception) -> None:
@@ -117,25 +157,30 @@ def _distrust(path: Path, error: Exception) -> None:
             os.replace(path, path.with_name(path.name + CORRUPT))
 
 
-def _tidy(folder: Path, keep: Path) -> None:
+def _tidy(folder: Path, spared: set[Path]) -> None:
     """Remove what killed processes left half-written, then the states used longest ago, until the limits hold."""
     runs, size = _limit("TAV_KEEP_RUNS", KEEP_RUNS), _limit("TAV_KEEP_GIB", KEEP_GIB) * 2**30
-    with contextlib.suppress(OSError):  # another process may tidy too
-        files.sweep(folder, f"*{files.UNFINISHED}")
-        states = [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")]
-        by_age = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in states if path != keep)
-        count, total = len(by_age) + 1, sum(entry[1] for entry in by_age) + keep.stat().st_size
-        for _time, length, path in by_age:
-            if count <= runs and total <= size:
-                break
-            path.unlink()
-            count, total = count - 1, total - length
+    files.sweep(folder, f"*{files.UNFINISHED}")
+    states = []
+    for path in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")):
+        with contextlib.suppress(OSError):  # here and below: another process may tidy too
+            states.append((path.stat().st_mtime, path.stat().st_size, path))
+    count, total = len(states), sum(length for _, length, _ in states)
+    for _, length, path in sorted(states):
+        if count <= runs and total <= size:
+            break
+        if path not in spared:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                count, total = count - 1, total - length
 
 
 def _limit(variable: str, default: float) -> float:
-    text = os.environ.get(variable, "")
-    try:
-        return float(text) if text else default
-    except ValueError:
-        log.warning("Tune-A-Video: %s is %r, not a number; using %g.", variable, text, default)
+    text = os.environ.get(variable)
+    if text is None:
         return default
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    log.warning("Tune-A-Video: %s is %r, not a number above 0; using %g.", variable, text, default)
+    return default

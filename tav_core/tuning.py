@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
+# Raise it with every change after which the same clip, model and recipe end in other weights, whichever file it is in
+# (this one, network, attention, inflation): states that older packs saved are then neither continued nor reused.
+METHOD_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -151,7 +155,7 @@ class Training:
             sigmas: the model's noise level at each timestep, [T].
             on_step: called after each step; an exception from it ends the run.
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or the gradient is not finite; nothing of that step was written.
         """
         parameters = list(self.trainable.values())
         for number in range(len(self.reports) + 1, self.recipe.steps + 1):
@@ -162,11 +166,12 @@ class Training:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
             step = Step(number, loss.item(), norm.item())  # here alone a GPU is waited for, before anything changes
-            if not math.isfinite(step.loss):
-                raise FloatingPointError(
-                    f"the loss became {step.loss} at step {number}: tuning was stopped and its result discarded. "
-                    "Lower learning_rate, or set precision to fp32."
-                )
+            for what, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the {what} became {value} at step {number}, and tuning was stopped before that step changed "
+                        "anything. Lower learning_rate, or set precision to fp32."
+                    )
             self.whole = False
             self.optimizer.step()
             if isinstance(self.draws, Draws):
@@ -180,6 +185,11 @@ def reports_of(state: Mapping[str, Tensor]) -> list[Step]:
     """The reports of all steps that a `Training.state` holds."""
     pairs = zip(state["losses"].tolist(), state["grad_norms"].tolist(), strict=True)
     return [Step(number, *pair) for number, pair in enumerate(pairs, 1)]
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or infinite values."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def test_previews_are_shown_and_change_nothing(tune, demo):
 
 def test_a_file_and_a_published_model_give_the_same_edit(tune, edit, demo, folder):
     model = demo[0]
-    tuned, weights, _ = tune()
+    tuned, weights, *_ = tune()
     expected = edit(tuned)
     name = SaveWeights.execute(weights, "demo", "fp32").args[0]
     published = ExportPublished.execute(model, weights, "published").args[0]

@@ -203,7 +203,7 @@ def out_of_memory(monkeypatch):
 
     networks = []
 
-    def at(fast, low=()):
+    def at(fast, low=(), error=(torch.cuda.OutOfMemoryError, "injected")):
         class Scarce(TrainingUNet):
             def __init__(self, model, frames, precision, recompute, blank=False):
                 super().__init__(model, frames, precision, recompute, blank)
@@ -214,7 +214,7 @@ def out_of_memory(monkeypatch):
             def __call__(self, *args):
                 self.calls += 1
                 if self.calls in self.failing:
-                    raise torch.cuda.OutOfMemoryError("injected")
+                    raise error[0](error[1])
                 return super().__call__(*args)
 
         monkeypatch.setattr(one_shot, "TrainingUNet", Scarce)
@@ -222,7 +222,7 @@ def out_of_memory(monkeypatch):
     return at
 
 
-def tune(model, clip, prompts, told, saving=None, memory=None):
+def tune(model, clip, prompts, told, saving=None, memory=None, on_step=lambda _step: None):
     with torch.inference_mode():
         return one_shot_tune(
             model,
@@ -231,7 +231,7 @@ def tune(model, clip, prompts, told, saving=None, memory=None):
             Recipe(4),
             "fp32",
             "nothing",
-            lambda _step: None,
+            on_step,
             saving=saving,
             memory=memory,
             tell=told.append,
@@ -248,6 +248,46 @@ def test_out_of_memory_is_tried_again_in_low(inflated, clip, prompts, tmp_path, 
     start = "from step 2" if saved else "from the start"
     assert told == [f"out of memory; tried again with memory low, {start}"]
     assert weights.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("failing", [3, 1])
+def test_out_of_memory_after_restart_takes_nothing_older(inflated, clip, prompts, tmp_path, out_of_memory, failing):
+    first = tune(inflated, clip, prompts, [], Saving(tmp_path))
+    told, trained = [], []
+    out_of_memory(fast=[failing])
+    weights = tune(inflated, clip, prompts, told, Saving(tmp_path, restart=True), on_step=trained.append)
+    start = "from step 2" if failing == 3 else "from the start"
+    assert told == [f"out of memory; tried again with memory low, {start}"]
+    assert [step.number for step in trained] == [1, 2, 3, 4]
+    assert weights.losses == pytest.approx(first.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        (torch.cuda.OutOfMemoryError, "HIP out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "MPS backend out of memory (MPS allocated: 17.60 GB, max allowed: 18.13 GB)."),
+        (RuntimeError, "Invalid buffer size: 12.00 GiB"),
+        (RuntimeError, "XPU out of memory. Tried to allocate 20.00 MiB"),
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried"),
+        (RuntimeError, "DefaultCPUAllocator: not enough memory: you tried to allocate 4294967296 bytes."),
+        (MemoryError, ""),
+    ],
+)
+def test_every_device_runs_out_of_memory(inflated, clip, prompts, out_of_memory, error):
+    told = []
+    out_of_memory(fast=[1], error=error)
+    assert len(tune(inflated, clip, prompts, told).losses) == 4
+    assert told == ["out of memory; tried again with memory low, from the start"]
+
+
+@pytest.mark.parametrize("error", [(RuntimeError, "shapes cannot be multiplied"), (ValueError, "out of memory")])
+def test_other_errors_are_not_out_of_memory(inflated, clip, prompts, out_of_memory, error):
+    out_of_memory(fast=[1], error=error)
+    with pytest.raises(error[0], match=error[1]):
+        tune(inflated, clip, prompts, [])
 
 
 def test_out_of_memory_in_low_is_an_error_and_all_stays_usable(inflated, clip, prompts, out_of_memory, unchanged):

@@ -1,10 +1,13 @@
 """Tunes that are cancelled, killed, reused, and whose files are damaged."""
 
+import errno
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import comfy.model_management
@@ -12,7 +15,7 @@ import pytest
 import torch
 from pack import PROJECT
 from tune_a_video.nodes import OneShotTune
-from tune_a_video.tav_core import host, one_shot, runs
+from tune_a_video.tav_core import host, one_shot, plot, runs, tuning
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.tuning import Recipe
@@ -178,6 +181,101 @@ def test_another_tune_is_not_taken_for_this_one(tune, make_model, clip, inflated
     assert not tune.told
 
 
+def test_a_tune_of_another_version_of_the_method_is_not_taken(tune, folder, monkeypatch):
+    tune(1)
+    monkeypatch.setattr(one_shot, "METHOD_VERSION", tuning.METHOD_VERSION + 1)
+    tune(1)
+    assert not tune.told and len(files(folder)) == 2
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_restart_that_is_cancelled_leaves_the_longer_state(tune, no_training, every, monkeypatch):
+    monkeypatch.setenv("TAV_KEEP_RUNS", "1")
+    first = tune()
+    for step in (1, 4):
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            tune(restart=True, every=every, on_step=cancel_at(step))
+    no_training()
+    assert identical(first, tune()) and tune.told == ["reused: all 6 steps were saved"]
+
+
+def test_a_shorter_state_replaces_no_longer_one_of_another_process(folder):
+    mine, theirs = (runs.Run(folder, "a", 6) for _ in range(2))
+    theirs.save(state(5), 5)
+    mine.save(state(1), 1)
+    assert mine.load().state["weight/x"][0] == 5
+    assert mine.load(1).state["weight/x"][0] == 1  # what this process can go on from
+
+
+def test_a_run_keeps_one_state_and_those_of_shorter_runs(folder):
+    runs.Run(folder, "a", 2).save(state(2), 2)
+    for step in (3, 4, 6):
+        runs.Run(folder, "a", 6).save(state(step), step)
+    assert files(folder) == ["a.2.safetensors", "a.6.safetensors"]
+
+
+def test_a_reused_tune_keeps_its_date(tune, monkeypatch):
+    class Clock:
+        now = staticmethod(lambda _zone: datetime(2001, 2, 3, tzinfo=timezone.utc))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "datetime", Clock)
+        patch.setattr(one_shot, "datetime", Clock)
+        first = tune(2)
+    assert first.date == tune(2).date == "2001-02-03T00:00:00+00:00"
+    assert tune(3).date > "2020"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_never_written_nor_saved(tune, folder, undisturbed, monkeypatch, value):
+    clip_grad_norm, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def at_step_4(parameters, limit):
+        calls.append(1)
+        if len(calls) == 4:
+            parameters[0].grad.fill_(value)
+        return clip_grad_norm(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", at_step_4)
+    with pytest.raises(
+        FloatingPointError, match=r"gradient norm became \w+ at step 4.*The state of step 3 stays saved"
+    ):
+        tune(4)
+    assert identical(tune(3), undisturbed(3)) and tune.told == ["reused: all 3 steps were saved"]
+    assert identical(tune(6), undisturbed(6)) and tune.told == ["resumed after step 3"]
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_weights_that_are_not_finite_are_no_result_and_not_saved(tune, folder, monkeypatch, step):
+    adamw, calls = torch.optim.AdamW.step, []
+
+    def broken(optimizer, *args, **kwargs):
+        adamw(optimizer, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == step:
+            optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(FloatingPointError, match=r"step [26].*(Nothing of it is saved|step 4 stays saved)"):
+        tune(every=2)
+    assert files(folder) == ([] if step == 1 else [name for name in files(folder) if ".4." in name])
+
+
+def test_a_saved_state_that_is_not_finite_is_set_aside(tune, folder, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:  # a pack that did not look
+        patch.setattr(runs, "_check_finite", lambda _state: None)
+        patch.setattr(tuning.Training, "state", lambda training, own=tuning.Training.state: spoilt(own(training)))
+        tune(4)
+    assert identical(tune(4), undisturbed(4)) and not tune.told
+    assert [name for name in files(folder) if name.endswith(runs.CORRUPT)]
+
+
+def spoilt(tensors):
+    name = next(name for name in tensors if name.startswith("weight/"))
+    tensors[name].view(-1)[0] = math.nan
+    return tensors
+
+
 def damage(data: bytes) -> dict[str, bytes]:
     header = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + header])
@@ -248,10 +346,33 @@ def test_the_size_limit_keeps_what_was_just_saved(folder, monkeypatch):
     assert files(folder) == ["b.1.safetensors"]
 
 
-def test_a_limit_that_is_no_number_is_named_and_not_used(folder, monkeypatch, caplog):
-    monkeypatch.setenv("TAV_KEEP_GIB", "lots")
-    runs.Run(folder, "a", 1).save(state(1), 1)
-    assert "TAV_KEEP_GIB is 'lots', not a number" in caplog.text
+@pytest.mark.parametrize("variable", ["TAV_KEEP_GIB", "TAV_KEEP_RUNS"])
+@pytest.mark.parametrize("text", ["lots", "nan", "inf", "-inf", "-1", "0", "", " ", "1e999"])
+def test_a_limit_that_is_none_is_named_and_not_used(folder, monkeypatch, caplog, variable, text):
+    monkeypatch.setenv(variable, text)
+    for key in "abc":
+        runs.Run(folder, key, 1).save(state(1), 1)
+    assert f"{variable} is {text!r}, not a number" in caplog.text
+    assert len(files(folder)) == 3
+
+
+@pytest.mark.parametrize("failing", ["stat", "unlink"])
+def test_a_state_that_cannot_be_removed_does_not_end_the_tidying(folder, monkeypatch, failing):
+    for age, key in enumerate("abc"):
+        runs.Run(folder, key, 1).save(state(age), 1)
+        os.utime(folder / f"{key}.1.safetensors", (age, age))
+    own = getattr(Path, failing)
+
+    def locked(path, *args, **kwargs):
+        if path.name == "a.1.safetensors":
+            raise OSError(errno.EBUSY, "in use")
+        return own(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, failing, locked)
+    monkeypatch.setenv("TAV_KEEP_RUNS", "1")
+    runs.Run(folder, "d", 1).save(state(3), 1)
+    monkeypatch.undo()
+    assert files(folder) == ["a.1.safetensors", "d.1.safetensors"]
 
 
 def test_half_written_files_of_killed_processes_are_removed_in_time(folder):
@@ -307,14 +428,36 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_tune(tune, folder):
     assert len(tune.told) == 1 and "could not be saved" in tune.told[0]
 
 
-def test_the_node_says_what_it_did(inflated, clip, prompts):
-    values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
-    values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip, "model": inflated}
-    with torch.inference_mode():
-        texts = [OneShotTune.execute(**values, reuse=reuse).ui.as_dict()["text"][0] for reuse in ("auto", "auto")]
-        restarted = OneShotTune.execute(**values, reuse="restart").ui.as_dict()["text"][0]
-    assert texts == ["trained 2 steps", "reused: all 2 steps were saved"]
-    assert restarted == "trained 2 steps"
+@pytest.fixture
+def node(inflated, clip, prompts, monkeypatch):
+    """One-Shot Tune: its result, its text and the pictures that it showed, in that order."""
+
+    def run(**inputs):
+        values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
+        values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip}
+        pictures = []
+        with monkeypatch.context() as patch, torch.inference_mode():
+            patch.setattr(host, "progress", lambda _steps: lambda _done, picture=None: pictures.append(picture))
+            out = OneShotTune.execute(**{**values, "model": inflated, **inputs})
+        return out.result, out.ui.as_dict()["text"][0], [picture for picture in pictures if picture is not None]
+
+    return run
+
+
+def test_the_node_says_what_it_did(node):
+    texts = [node(reuse=reuse)[1] for reuse in ("auto", "auto", "restart")]
+    assert texts == ["trained 2 steps", "reused: all 2 steps were saved", "trained 2 steps"]
+
+
+def test_what_it_did_stays_in_sight(node, monkeypatch):
+    """Newer pages clear a node's text when the job ends."""
+    node()
+    noted = []
+    monkeypatch.setattr(plot.caption, "write", lambda _canvas, _at, lines, *_style: noted.append(" ".join(lines)))
+    (_model, _weights, loss_plot, report), text, pictures = node()
+    assert report.startswith(f"{text}\nmean loss of the first 1 of 2 steps: ")
+    assert noted == [text] * (len(pictures) + 1)
+    assert pictures[-1].height == loss_plot.shape[1] > plot.HEIGHT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the tune")

@@ -1,11 +1,14 @@
 """One-shot tuning on the host's own UNet."""
 
+import comfy.model_base
 import comfy.model_management
+import comfy.supported_models
 import pytest
 import torch
 from baseline import SD15
 from small import meta_unet
 from torch.utils._python_dispatch import TorchDispatchMode
+from tune_a_video.nodes import ApplyWeights, InflateUNet
 from tune_a_video.tav_core import editing, host, inflation, published, tuning
 from tune_a_video.tav_core.apply import apply_weights
 from tune_a_video.tav_core.inflation import RECOMPUTE, TemporalLayers
@@ -234,6 +237,147 @@ def test_half_precision_base_keeps_float32_deltas(make_model, clip, prompts):
 def test_bf16_autocast_is_close_to_fp32(inflated, clip, prompts):
     exact, fast = (tuned(inflated, clip, prompts, precision=precision) for precision in ("fp32", "bf16"))
     assert fast.losses == pytest.approx(exact.losses, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"area": (4, 4, 0, 0)},
+        {"mask": torch.ones(1, 8, 8), "mask_strength": 1.0, "set_area_to_bounds": False},
+        {"strength": 0.5},
+        {"start_percent": 0.1},
+        {"end_percent": 0.3},
+        {"clip_start_percent": 0.5},
+        {"timestep_start": 999.0},
+        {"control": object(), "control_apply_to_uncond": True},
+        {"gligen": ("position", None, [])},
+        {"hooks": object()},
+        {"concat_latent_image": torch.ones(1)},
+        {"unclip_conditioning": [{}]},
+        {"reference_latents": [torch.ones(1)]},
+        {"default": True},
+        {"an option of another pack": 1},
+    ],
+)
+def test_what_a_caption_carries_and_a_tune_cannot_use_is_refused(inflated, clip, prompts, options):
+    text = prompts[1][0][0]
+    with pytest.raises(ValueError, match=f"caption carries {next(iter(options))}.*CLIP Text Encode"):
+        tuned(inflated, clip, [None, [[text, {"pooled_output": torch.ones(1, 4), **options}]]])
+
+
+def test_what_changes_nothing_in_a_caption_is_accepted(inflated, clip, prompts):
+    plain = {
+        "pooled_output": torch.ones(1, 4),
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "hooks": None,
+    }
+    caption = [[prompts[1][0][0], {**plain, "clip_start_percent": 0.0, "clip_end_percent": 1.0, "mask": None}]]
+    assert equal(tuned(inflated, clip, [None, caption], 1), tuned(inflated, clip, prompts, 1))
+
+
+def told_by(model, clip, prompts, **latent):
+    """What a tune says before its first step."""
+    told = []
+
+    def stop(_step):
+        raise KeyboardInterrupt
+
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        one_shot_tune(model, {**clip, **latent}, prompts[1], Recipe(1), "fp32", "all", stop, tell=told.append)
+    return told
+
+
+def with_options(model, **options):
+    model.model_options["transformer_options"] |= options
+
+
+UNUSED = {
+    "patches output_block_patch": lambda model: model.set_model_output_block_patch(print),
+    "patches attn2_patch": lambda model: model.set_model_attn2_patch(print),
+    "patches_replace attn2": lambda model: model.set_model_attn2_replace(print, "middle", 0),
+    "patches_replace attn1": lambda model: model.set_model_attn1_replace(print, "input", 1, 0),
+    "optimized_attention_override": lambda model: with_options(model, optimized_attention_override=print),
+    "an option of another pack": lambda model: with_options(model, **{"an option of another pack": 0.5}),
+    "model_function_wrapper": lambda model: model.set_model_unet_function_wrapper(print),
+    "diffusion_model wrapper other": lambda model: model.add_wrapper_with_key("diffusion_model", "other", print),
+    "apply_model wrapper": lambda model: model.add_wrapper("apply_model", print),
+    "object_patches diffusion_model.out.0.forward": lambda model: model.add_object_patch(
+        "diffusion_model.out.0.forward", print
+    ),
+    "weight_wrapper_patches diffusion_model.out.2.weight": lambda model: model.add_weight_wrapper(
+        "diffusion_model.out.2.weight", print
+    ),
+    "injections other": lambda model: model.set_injections("other", [print]),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_a_model_carries_and_a_tune_does_not_use_is_said(inflated, clip, prompts, name):
+    UNUSED[name](inflated)
+    assert told_by(inflated, clip, prompts) == [f"not used while it tunes, only when it samples: {name}"]
+
+
+def test_what_only_guides_needs_no_word(inflated, clip, prompts, core):
+    guided = core["RescaleCFG"]().patch(inflated, 0.7)[0]
+    guided.set_model_sampler_post_cfg_function(print, disable_cfg1_optimization=True)
+    guided.set_model_denoise_mask_function(print)
+    guided.add_wrapper_with_key("outer_sample", "other", print)
+    guided.set_model_patch(print, "nothing")
+    guided.model_options["transformer_options"]["patches"]["nothing"].clear()
+    guided = core["ModelSamplingDiscrete"]().patch(guided, "eps", False)[0]
+    assert told_by(guided, clip, prompts) == []
+
+
+def test_a_mask_is_said_to_be_unused(inflated, clip, prompts):
+    told = told_by(inflated, clip, prompts, noise_mask=torch.ones(5, 64, 64))
+    assert told == ["the latents' mask is not used: a tune learns whole frames"]
+
+
+class Packed(torch.Tensor):
+    """As a GGUF loader holds weights: bytes that claim the shape of what they stand for."""
+
+    @property
+    def shape(self):
+        return torch.Size((64, 64))
+
+    def detach(self):
+        return self
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float16])
+@pytest.mark.parametrize("node", [InflateUNet, ApplyWeights])
+def test_packed_weights_are_refused_in_a_clear_line(model, make_weights, dtype, node):
+    weights = make_weights(model)
+    packed = torch.zeros(64, 34, dtype=dtype).as_subclass(Packed)
+    model.model.diffusion_model.time_embed[2].weight = torch.nn.Parameter(packed, requires_grad=False)
+    inputs = {InflateUNet: (model, "video"), ApplyWeights: (model, weights, 1.0, 1.0)}[node]
+    with pytest.raises(ValueError, match=r"weights are quantised \(time_embed.2.weight .* Use the fp16 checkpoint"):
+        node.execute(*inputs)
+
+
+def scaled_fp8(model, scale):
+    """The model as the host loads a checkpoint of scaled float8 weights, and with the same values in float32."""
+    config = comfy.supported_models.SD15({**model.model.model_config.unet_config})
+    config.unet_config, config.scaled_fp8 = {**model.model.model_config.unet_config}, torch.float8_e4m3fn
+    base = comfy.model_base.BaseModel(config)
+    base.diffusion_model.load_state_dict(model.model.diffusion_model.state_dict(), strict=False)
+    for name, layer in base.diffusion_model.named_modules():
+        if hasattr(layer, "scale_weight"):
+            layer.scale_weight.data.fill_(scale)
+            own = model.model.diffusion_model.get_submodule(name)
+            own.weight.data.copy_(layer.weight.data.float() * scale)
+            if own.bias is not None:
+                own.bias.data.copy_(layer.bias.data.float())
+    return host.ModelPatcher(base, model.load_device, model.offload_device), model
+
+
+@torch.inference_mode()
+def test_scaled_fp8_weights_are_tuned_as_what_they_stand_for(model, clip, prompts):
+    scaled, plain = scaled_fp8(model, 0.5)
+    losses = [tuned(host.inflate(either, "video"), clip, prompts, 2).losses for either in (scaled, plain)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(
