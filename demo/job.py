@@ -68,7 +68,7 @@ def own_clip(comfy: Comfy, video: Path, caption: str, checkpoint: str, edits: li
     change("CheckpointLoaderSimple", ckpt_name=checkpoint)
     change("LoadVideo", file=comfy.upload(video))
     change("CLIPTextEncode", "caption: what the clip shows", text=caption)
-    clip = change("TAVPrepareClip", count=count, stride=2 if 2 * count <= available else 1)
+    clip = change("TAVLoadClip", count=count, stride=2 if 2 * count <= available else 1)
     chain = {kind: find(prompt, kind) for kind in ("TAVSampleVideo", "VAEDecode", "CreateVideo", "SaveVideo")}
     chain["CLIPTextEncode"] = find(prompt, "CLIPTextEncode", "edit: what you want to see")
     parts = {name: prompt.pop(number) for name, number in chain.items()}

@@ -23,7 +23,7 @@ from .sheet import picture
 FOLDER = job.PROJECT / "example_workflows"
 # The demo's values where the user's own are expected, by the kind or the title of a node.
 DEMO = {
-    "TAVPrepareClip": {"count": 8, "stride": 1, "width": 128, "height": 128},
+    "TAVLoadClip": {"count": 8, "stride": 1, "width": 128, "height": 128},
     "TAVOneShotTune": {"steps": 300, "learning_rate": 5e-4},
     "TAVSampleVideo": {"cfg": 3.0},
     "caption: what the clip shows": {"text": "a red car on the beach"},

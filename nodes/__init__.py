@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..tav_core import host
-from .clip import PrepareClip
+from .clip import LoadClip, PrepareClip
 from .compare import CompareVideos
 from .demo import DemoClip, LoadDemoModel
 from .inflate import InflateUNet
@@ -15,6 +15,7 @@ from .tune import OneShotTune
 from .weights import ApplyWeights, LoadWeights, SaveWeights
 
 NODES: list[type[io.ComfyNode]] = [
+    LoadClip,
     PrepareClip,
     InflateUNet,
     OneShotTune,

@@ -48,7 +48,7 @@ def check_inputs(
     if frames < min_frames:
         raise ValueError(
             f"the clip has {frames} frame{'s' * (frames != 1)}; at least {min_frames} are needed (the paper uses "
-            "24 to 32). Raise count in Prepare Clip."
+            "24 to 32). Raise count in Load Clip."
         )
     if not torch.isfinite(samples).all():
         raise ValueError(

@@ -26,6 +26,16 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
     """
     if frames.ndim != 4 or 0 in frames.shape or not frames.is_floating_point():
         raise ValueError("there are no frames: connect the images of a video (Get Video Components).")
+    check_clip(start, stride, count, width, height, fit)
+    available = frames.shape[0]
+    if start + (count - 1) * stride >= available:
+        raise too_short(available, start, stride, count)
+    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)].float()
+    return resize(picked, width, height, fit)
+
+
+def check_clip(start: int, stride: int, count: int, width: int, height: int, fit: str) -> None:
+    """Raises ValueError for what no video could give; see `prepare_clip`."""
     if start < 0 or stride < 1 or count < 1:
         raise ValueError(f"start {start}, stride {stride}, count {count}: start is from 0, the others from 1.")
     for name, size in (("width", width), ("height", height)):
@@ -36,14 +46,18 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
             raise ValueError(f"{name} is {size}; the largest is {MAX_SIZE} pixels.")
     if fit not in FITS:
         raise ValueError(f"fit is {fit[:20]!r}; it must be one of {', '.join(FITS)}.")
-    available = frames.shape[0]
-    if start + (count - 1) * stride >= available:
-        raise ValueError(
-            f"{count} frames at stride {stride} from frame {start} need {start + (count - 1) * stride + 1} frames, "
-            f"the video has {available}. {_what_fits(available, start, stride, count)}"
-        )
-    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)].float()
-    return _resize(picked, width, height, fit)
+
+
+def too_short(available: int, start: int, stride: int, count: int, where: str = "", note: str = "") -> ValueError:
+    """What is wrong and what fits, of a video that has `available` frames.
+
+    Args:
+        where: what they are counted from, if not from the video's first.
+        note: what else there is to say of it.
+    """
+    wanted = f"{count} frames at stride {stride} from {where or f'frame {start}'}"
+    need = f"need {start + (count - 1) * stride + 1} frames, the video has {available}{' from there' if where else ''}"
+    return ValueError(f"{wanted} {need}. {_what_fits(available, start, stride, count)}{note}")
 
 
 def _what_fits(available: int, start: int, stride: int, count: int) -> str:
@@ -54,10 +68,11 @@ def _what_fits(available: int, start: int, stride: int, count: int) -> str:
     return advice + (f"; for {count} frames the largest stride is {largest_stride}." if largest_stride else ".")
 
 
-def _resize(frames: Tensor, width: int, height: int, fit: str) -> Tensor:
-    old_height, old_width = frames.shape[1:3]
-    if (old_height, old_width) == (height, width):
+def resize(frames: Tensor, width: int, height: int, fit: str, pixel_aspect: float = 1.0) -> Tensor:
+    """[b, h, w, c] to [b, height, width, c]; `pixel_aspect` is the width of the frames' pixels to their height."""
+    if (*frames.shape[1:3], pixel_aspect) == (height, width, 1):
         return frames.clone()
+    old_height, old_width = frames.shape[1], frames.shape[2] * pixel_aspect
     scale_x, scale_y = width / old_width, height / old_height
     if fit == "crop":
         scale_x = scale_y = max(scale_x, scale_y)
@@ -66,8 +81,8 @@ def _resize(frames: Tensor, width: int, height: int, fit: str) -> Tensor:
     scaled = (max(round(old_height * scale_y), 1), max(round(old_width * scale_x), 1))
     if max(scaled) > 16 * MAX_SIZE:
         raise ValueError(
-            f"pictures of {old_width} x {old_height} pixels cannot fill {width} x {height} without becoming gigantic: "
-            "set fit to stretch or pad."
+            f"pictures of {old_width:.0f} x {old_height} pixels cannot fill {width} x {height} without becoming "
+            "gigantic: set fit to stretch or pad."
         )
     pictures = rearrange(frames, "b h w c -> b c h w")
     pictures = F.interpolate(pictures, size=scaled, mode="bicubic", antialias=True).clamp(0, 1)

@@ -58,7 +58,7 @@ def test_an_own_clip_gets_an_output_for_each_edit(server):
     prompt = job.own_clip(server, job.PROJECT / "demo" / "quickstart.mp4", "a car", "sd.ckpt", ["a dog", "a cat"])
     outputs = {node["_meta"]["title"] for node in prompt.values() if node["class_type"] == "SaveVideo"}
     assert outputs == names
-    clip = prompt[find(prompt, "TAVPrepareClip")]["inputs"]
+    clip = prompt[find(prompt, "TAVLoadClip")]["inputs"]
     assert (clip["count"], clip["stride"]) == (8, 1), "as many of the video's eight frames as there are"
     for node in prompt.values():
         for value in node["inputs"].values():

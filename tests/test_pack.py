@@ -19,6 +19,7 @@ SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
 
 def test_node_ids_and_names_stay():
     assert {name: schema.display_name for name, schema in SCHEMAS.items()} == {
+        "TAVLoadClip": "Load Clip",
         "TAVPrepareClip": "Prepare Clip",
         "TAVInflateUNet": "Inflate UNet",
         "TAVOneShotTune": "One-Shot Tune",

@@ -56,7 +56,7 @@ def prompt(server, source):
     small = {
         "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},
         "LoadVideo": {"file": source[0]},
-        "TAVPrepareClip": {"count": FRAMES, "width": SIZE, "height": SIZE},
+        "TAVLoadClip": {"count": FRAMES, "width": SIZE, "height": SIZE},
         "TAVOneShotTune": {"steps": 2},
         "TAVDDIMInvert": {"steps": 2},
         "TAVSampleVideo": {"steps": 2},
@@ -114,7 +114,7 @@ def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt
 
 
 def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
-    prompt[find(prompt, "TAVPrepareClip")]["inputs"] |= {"count": 300}
+    prompt[find(prompt, "TAVLoadClip")]["inputs"] |= {"count": 300}
     started = []
     history = server.run(prompt, lambda kind, data: started.append(data) if kind == "progress" else None)
     error = dict(history["status"]["messages"])["execution_error"]
