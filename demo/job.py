@@ -200,7 +200,11 @@ def keep(videos: Mapping[str, Video], figures: Mapping[str, Mapping[str, Any]], 
     labelled |= {row["prompt"]: videos[name].pictures for name, row in figures.items()}
     sheet.contact_sheet(labelled).save(OUT / "contact_sheet.png")
     together = (side_by_side(labelled, list(labelled)) * 255).round().byte().numpy()
-    write_video(OUT / "side_by_side.mp4", together, videos["source"].fps)
+    fps = videos["source"].fps
+    write_video(OUT / "side_by_side.mp4", together, fps)
+    del labelled["reconstruction"]
+    first, *rest = map(sheet.picture, side_by_side(labelled, list(labelled)))
+    first.save(OUT / "edits.webp", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85)
     (OUT / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
