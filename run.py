@@ -470,19 +470,28 @@ def run_with_host(host: Host, command: Sequence[str], folder: Path | None = None
 
 
 def test(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="run.py test", add_help=False, allow_abbrev=False)
+    parser.add_argument("--browser", action="store_true")
+    # Not left to pytest: its own workers would be without the options of `interpreter`.
+    parser.add_argument("-n", "--numprocesses", default="auto", metavar="N")
+    options, arguments = parser.parse_known_args(arguments)
+    if options.numprocesses in ("auto", "logical"):
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+    elif not options.numprocesses.isdecimal():
+        parser.error(f"-n is {options.numprocesses}: give a number of processes, 0 for none, or auto")
     host, python = prepare()
-    if "--browser" in arguments:
-        arguments = [argument for argument in arguments if argument != "--browser"]
+    if options.browser:
         os.environ["TAV_BROWSER"] = prepare_browser(python)
         os.environ["TAV_FRONTEND"] = str(prepare_translated_page(python))
     # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.
     interpreter = [str(python), "-I", "-Xwarn_default_encoding"]
-    workers = f"{min(os.cpu_count() or 1, MOST_WORKERS)}*popen//python={shlex.join(interpreter)}"
-    # A file's tests share a server: one worker runs them all (loadfile).
-    command = [*interpreter, "-m", "pytest", "--tx", workers, "--dist", "loadfile", *arguments]
-    return run_with_host(host, command, PROJECT)
+    workers: list[str] = []
+    if count := int(options.numprocesses):
+        # A file's tests share a server: one worker runs them all (loadfile).
+        workers = ["--tx", f"{count}*popen//python={shlex.join(interpreter)}", "--dist", "loadfile"]
+    return run_with_host(host, [*interpreter, "-m", "pytest", *workers, *arguments], PROJECT)
 
 
 def program(*words: str) -> Callable[[list[str]], int]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Work, ceiling, interleaved, peak, seconds
+from measure import Work, ceiling, distance, interleaved, peak, seconds
 from pack import load_pack
 
 GIB = 2**30
@@ -145,7 +145,7 @@ class Bench:
             a[f"{name} share"] = a[name] / a["median"] / most
         b["peak"] = self.peak_of_baseline(ours, theirs, kind, start)
         figures |= {"ratio": a["median"] / b["median"], "peak ratio": a["peak"] / b["peak"]}
-        figures["difference"] = difference(*results)
+        figures["difference"] = distance(*results)
         return figures, results[0]
 
     def in_turn(
@@ -243,12 +243,6 @@ def about(device: torch.device) -> dict[str, Any]:
         machine["load"] = round(os.getloadavg()[0], 1)
     machine |= {"TFLOP/s": round(product / 1e12, 3), "GB/s": round(copy / 1e9, 1)}
     return {"versions": versions, "machine": machine}
-
-
-def difference(a: Any, b: Any) -> float:
-    """Relative L2 distance of latents, or of (loss, gradient norm)."""
-    a, b = (torch.as_tensor(result).double().cpu() for result in (a, b))
-    return float((a - b).norm() / b.norm())
 
 
 def line(*cells: Any) -> str:

@@ -1,4 +1,6 @@
-"""What a step takes: seconds, side by side with other steps; bytes at the peak; operations, and bytes they move."""
+"""What a step takes: seconds, side by side with other steps; bytes at the peak; operations, and bytes they move.
+
+And how far its result is from another's."""
 
 import gc
 import time
@@ -82,6 +84,12 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     product = min(seconds(device, lambda: a @ b) for _ in range(6))
     copy = min(seconds(device, lambda: target.copy_(source)) for _ in range(6))
     return 2 * side**3 / product, 2 * size / copy
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """Relative L2 distance of tensors, or of tuples of numbers, in float64."""
+    a, b = (torch.as_tensor(result).cpu().double() for result in (ours, theirs))
+    return float((a - b).norm() / b.norm())
 
 
 class Work(TorchDispatchMode):

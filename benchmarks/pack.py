@@ -18,7 +18,7 @@ def load_pack(name: str = NAME, cpu: bool = False) -> ModuleType:
     """The pack as a package of this name, on the host in the folder that TAV_HOST names (run.py sets it).
 
     Args:
-        cpu: whether to have the host use the CPU where there is a GPU.
+        cpu: whether to have the host use the CPU where there is another device.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -33,7 +33,9 @@ def load_pack(name: str = NAME, cpu: bool = False) -> ModuleType:
     import utils  # noqa: F401
     from comfy.cli_args import args
 
-    args.cpu = cpu or not torch.cuda.is_available()
+    # As run.py starts the host's server: it takes what torch finds, and does not start where that is nothing.
+    kinds = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", None))
+    args.cpu = cpu or not any(kind and kind.is_available() for kind in kinds)
     spec = importlib.util.spec_from_file_location(
         name, PROJECT / "__init__.py", submodule_search_locations=[str(PROJECT)]
     )

@@ -1,8 +1,10 @@
 """The nodes: each a schema and a few lines that call `tav_core`."""
 
+import logging
+
 from comfy_api.latest import io
 
-from ..tav_core import host
+from ..tav_core import drift, host
 from .clip import LoadClip, PrepareClip
 from .compare import CompareVideos
 from .demo import DemoClip, LoadDemoModel
@@ -14,21 +16,28 @@ from .sample import SampleVideo
 from .tune import OneShotTune
 from .weights import ApplyWeights, LoadWeights, SaveWeights
 
-NODES: list[type[io.ComfyNode]] = [
-    LoadClip,
-    PrepareClip,
-    InflateUNet,
-    OneShotTune,
-    DDIMInvert,
-    SampleVideo,
-    SaveWeights,
-    LoadWeights,
-    ApplyWeights,
-    LoadPublished,
-    ExportPublished,
-    CompareVideos,
-    LoadDemoModel,
-    DemoClip,
-]
-if host.DRIFT is not None:
-    NODES = [refusing(node, host.DRIFT) for node in NODES]
+log = logging.getLogger(__name__)
+
+# The nodes, and which of `host_symbols.NEEDS` each has.
+NEEDS: dict[type[io.ComfyNode], tuple[str, ...]] = {
+    LoadClip: (),
+    PrepareClip: (),
+    InflateUNet: ("model",),
+    OneShotTune: ("model", "weights", "sampling", "tuning"),
+    DDIMInvert: ("model", "sampling"),
+    SampleVideo: ("model", "sampling"),
+    SaveWeights: ("files",),
+    LoadWeights: ("files",),
+    ApplyWeights: ("model",),
+    LoadPublished: ("model", "weights", "files", "published models"),
+    ExportPublished: ("model", "weights", "files", "published models"),
+    CompareVideos: (),
+    LoadDemoModel: ("model", "demo"),
+    DemoClip: (),
+}
+NODES: list[type[io.ComfyNode]] = []
+for node, needs in NEEDS.items():
+    why = drift.refusal(name for need in needs for name in host.LOST[need])
+    if why is not None:
+        log.error("Tune-A-Video: %s cannot run: %s", node.__name__, why)
+    NODES.append(node if why is None else refusing(node, why))

@@ -1,120 +1,92 @@
-"""Whether ComfyUI still is what this pack was written for: looked up once, when the pack is loaded."""
+"""Whether ComfyUI, and torch, have what this pack uses of them: looked up once, when the pack is loaded."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import reduce
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-SHOWN = 3  # changes that a message names: where a host was rebuilt, a list of dozens helps nobody
+import torch
+
+from .host_symbols import TORCH, TRIED
+
+SHOWN = 3  # names in a message: where a host was rebuilt, a list of dozens helps nobody
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Symbol:
-    """Something of the host that this pack uses. How it is called is written as Python writes parameters: those
-    before "/" by position, the others by name; "" is a call without arguments, None is none.
+def found(owner: str) -> Any:
+    """A module, or "module:name" of one; None where it is missing."""
+    module, _, name = owner.partition(":")
+    with suppress(Exception):  # whatever the host's own code raises
+        here = importlib.import_module(module)
+        return getattr(here, name) if name else here
 
-    Attributes:
-        name: `module:name`, or `module:Class.attribute`.
-        why: what for, to follow "used".
-        call: how it is called.
-        methods: how each method of its instances is called.
-        attributes: what its instances have.
-        where_loaded: used only where the host itself has imported the module.
+
+def lost(needs: Mapping[str, str]) -> list[str]:
+    """The names that are missing. A parameter of another name is no reason to refuse: the log warns of it.
+
+    Args:
+        needs: names used of each module or class ("module:Class"), functions with the parameters that are passed:
+            "clone() add_patches(patches, strength_patch) load_device". Other names of a class are its instances'.
     """
+    gone = []
+    for owner, members in needs.items():
+        try:
+            importlib.import_module(module := owner.partition(":")[0])
+        except Exception as error:
+            gone.append(f"{module} ({' '.join(str(error).split())})")
+            continue
+        dotted, here = owner.replace(":", "."), found(owner)
+        if here is None:
+            gone.append(dotted)
+            continue
+        for name, call in re.findall(r"(\w+)(\(.*?\))?", members):
+            if not hasattr(here, name) and (call or not _mentions(here, name)):
+                gone.append(f"{dotted}.{name}")
+            elif other := set(re.findall(r"\w+", call)) - _parameters(getattr(here, name, None)):
+                names = ", ".join(sorted(other))
+                log.warning(
+                    f"Tune-A-Video: {dotted}.{name} of ComfyUI {host_version()} has no parameter {names}. "
+                    "If a node fails for it, update Tune-A-Video."
+                )
+    return gone
 
-    name: str
-    why: str
-    call: str | None = None
-    methods: Mapping[str, str] = field(default_factory=dict)
-    attributes: tuple[str, ...] = ()
-    where_loaded: bool = False
 
-
-def drift(symbols: Iterable[Symbol], tried: str) -> str | None:
-    """None when the host has all of them, else one line: which version of it lacks what, and what to do."""
-    changes = list(dict.fromkeys(change for symbol in symbols for change in _changes(symbol)))
-    if not changes:
+def refusal(lost: Iterable[str]) -> str | None:
+    """Why a node cannot run without these names, and what to do, in one line; None when none is missing."""
+    gone = list(dict.fromkeys(lost))
+    if not gone:
         return None
-    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    if all(name.startswith("torch.") for name in gone):
+        return (
+            f"torch {torch.__version__} is too old for this node, which needs torch {TORCH} or newer: update the "
+            "torch of ComfyUI's Python."
+        )
+    more = f" and {len(gone) - SHOWN} more" if len(gone) > SHOWN else ""
     return (
-        f"ComfyUI {host_version()} does not fit this version of Tune-A-Video: {'; '.join(changes[:SHOWN])}{more}. "
-        f"Update Tune-A-Video, or use a ComfyUI that it was tried on: {tried}."
+        f"ComfyUI {host_version()} does not fit this version of Tune-A-Video: it lacks "
+        f"{', '.join(gone[:SHOWN])}{more}, which this node needs. This version was tried on {' and '.join(TRIED)}: "
+        "use one of these, or update Tune-A-Video."
     )
 
 
 def host_version() -> str:
+    return getattr(found("comfyui_version"), "__version__", "of an unknown version")
+
+
+def _mentions(kind: Any, name: str) -> bool:
+    """Whether instances of a class can be taken to have an attribute: the code of the class mentions it."""
+    values = (value for base in getattr(kind, "__mro__", ()) for value in vars(base).values())
+    return any(name in value.__code__.co_names for value in values if inspect.isfunction(value))
+
+
+def _parameters(function: Any) -> set[str]:
     try:
-        return importlib.import_module("comfyui_version").__version__
-    except (ImportError, AttributeError):
-        return "of an unknown version"
-
-
-def _changes(symbol: Symbol) -> Iterator[str]:
-    """What is missing of a symbol, or called otherwise, each in words."""
-    module, _, path = symbol.name.partition(":")
-    name = f"{module}.{path}"
-    if symbol.where_loaded and module not in sys.modules:
-        return
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # whatever the host's own code raises
-        reason = " ".join(str(error).split())
-        yield f"its {module} cannot be imported ({type(error).__name__}: {reason})"
-        return
-    *classes, last = path.split(".")
-    owner = reduce(lambda outer, inner: getattr(outer, inner, None), classes, found)
-    # A class's own: without it, V_PREDICTION.calculate_denoised would be that of EPS.
-    if not hasattr(owner, last) or (isinstance(owner, type) and last not in vars(owner)):
-        yield f"it has no {name} (used {symbol.why})"
-        return
-    found = getattr(owner, last)
-    if symbol.call is not None and (reason := _misfit(found, symbol.call)):
-        yield f"its {name} {reason} (used {symbol.why})"
-    for method, call in symbol.methods.items():
-        function = getattr(found, method, None)
-        if function is None:
-            yield f"it has no {name}.{method} (used {symbol.why})"
-        elif reason := _misfit(function, call, "self"):
-            yield f"its {name}.{method} {reason} (used {symbol.why})"
-    for attribute in symbol.attributes:
-        if not _mentions(found, attribute):
-            yield f"its {name} has no attribute {attribute} (used {symbol.why})"
-
-
-def _misfit(function: Callable[..., Any], call: str, *before: str) -> str | None:
-    """Why a function cannot be called so, after the arguments `before`, or None."""
-    positional, named = ([*part.replace(",", " ").split()] for part in call.rpartition("/")[::2])
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        return f"cannot be called ({error})"
-    names = list(signature.parameters)[len(before) :]
-    # By name, those by position too: with one of them gone, the next would take its value.
-    if lost := [name for name in [*positional, *named] if name not in names]:
-        return f"has no parameter {lost[0]}"
-    if names[: len(positional)] != positional:
-        return "takes its parameters in another order"
-    try:
-        signature.bind(*before, *positional, **dict.fromkeys(named))
-    except TypeError as error:
-        return f"cannot be called as it was ({error})"
-    return None
-
-
-def _mentions(kind: Any, attribute: str) -> bool:
-    """Whether instances of a class can be taken to have an attribute: the class has it, or its code mentions it."""
-    if not isinstance(kind, type):
-        return False
-    package = kind.__module__.partition(".")[0]
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] != package:
-            continue
-        functions = (inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value))
-        if attribute in vars(base) or any(attribute in function.__code__.co_names for function in functions):
-            return True
-    return False
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # no longer a function of Python's
+        return set()

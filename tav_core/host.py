@@ -1,14 +1,13 @@
 """Everything this pack asks of ComfyUI, and the only module that imports it.
 
-What it uses, and why, is listed in `host_symbols`, and looked up before it is imported. Where something is missing,
-`DRIFT` says what; this module and all that import it can be imported still, but `nodes` refuses to run them.
+What it uses is listed in `host_symbols`, by what for, and looked up when this module is imported. Where something is
+missing, `LOST` says what; this module can be imported still, and `nodes` refuses to run what needs it.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from . import ddim, drift
 from .attention import SparseCausal, wide_heads
 from .digest import digest
-from .host_symbols import SYMBOLS, TRIED
+from .host_symbols import ATTENTION, NEEDS, OPENAI
 from .inflation import TemporalLayers, UNetParts, inflated, is_inflated
 from .tuning import PredictionType
 
@@ -36,13 +35,9 @@ OVERRIDE = "optimized_attention_override"  # the host's transformer option
 FOLDER = "tune_a_video"
 LATENT_PIXELS = 8  # width and height of what one latent stands for
 
-log = logging.getLogger(__name__)
+LOST = {need: drift.lost(names) for need, names in NEEDS.items()}  # imports of the host what is there
 
-DRIFT = drift.drift(SYMBOLS, TRIED)
-
-if DRIFT is not None:
-    log.error("Tune-A-Video: %s", DRIFT)
-if TYPE_CHECKING or DRIFT is None:
+if TYPE_CHECKING:
     import comfy.ldm.modules.attention
     import comfy.lora
     import comfy.model_base
@@ -61,7 +56,20 @@ if TYPE_CHECKING or DRIFT is None:
     from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
     from comfy.model_patcher import ModelPatcher
+else:  # None for what is missing: no node runs that needs it
+    comfy, folder_paths, latent_preview = map(drift.found, ("comfy", "folder_paths", "latent_preview"))
+    BasicTransformerBlock, SpatialTransformer, ResBlock, UNetModel, ModelPatcher = map(
+        drift.found,
+        (
+            f"{ATTENTION}:BasicTransformerBlock",
+            f"{ATTENTION}:SpatialTransformer",
+            f"{OPENAI}:ResBlock",
+            f"{OPENAI}:UNetModel",
+            "comfy.model_patcher:ModelPatcher",
+        ),
+    )
 
+if not LOST["files"]:
     # After those of extra_model_paths.yaml, which the host has read by now: new files go to the first folder.
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
@@ -139,10 +147,10 @@ def prediction_type_of(model: ModelPatcher) -> PredictionType:
     if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         # By the method, not the class: LCM and others derive from these and mean something else.
         denoise = getattr(type(sampling), "calculate_denoised", None)
-        if denoise is comfy.model_sampling.V_PREDICTION.calculate_denoised:
-            return "v_prediction"
         if denoise is comfy.model_sampling.EPS.calculate_denoised:
             return "epsilon"
+        if denoise is comfy.model_sampling.V_PREDICTION.calculate_denoised:
+            return "v_prediction"
     bases = "/".join(base.__name__ for base in type(sampling).__mro__[1:3])
     raise ValueError(
         f"this MODEL's sampling is {bases}; Tune-A-Video needs one that predicts noise (epsilon) or velocity "
@@ -661,14 +669,14 @@ def run_sampler(
 def folders() -> list[Path]:
     """The folders of tuned weights, as extra_model_paths.yaml has them; new files go to the first.
 
-    None where the host has drifted: the nodes' schemas still ask.
+    None where the host lacks what lists them: the nodes' schemas still ask.
     """
-    return [] if DRIFT else [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    return [] if LOST["files"] else [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
 
 
 def file_names() -> list[str]:
     """Names of the weights files in all of them, from the host's own cached listing. None, likewise."""
-    return [] if DRIFT else folder_paths.get_filename_list(FOLDER)
+    return [] if LOST["files"] else folder_paths.get_filename_list(FOLDER)
 
 
 def names_inside(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils import checkpoint
 
 from .attention import SparseCausal, TemporalAttention
 
@@ -198,8 +198,9 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 _aten = torch.ops.aten
 _ATTENTIONS = {
-    getattr(_aten, f"_scaled_dot_product_{kind}").default
+    kernel.default
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    if (kernel := getattr(_aten, f"_scaled_dot_product_{kind}", None))  # not every torch has all of them
 }
 _HEAVY = {_aten.convolution.default, *_ATTENTIONS}
 _LINEAR = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -222,20 +223,20 @@ def checkpoint_stages(parts: UNetParts, recompute: str) -> None:
 
 
 def _checkpointed(forward: Callable[..., Tensor], kept: set[Any]) -> Callable[..., Tensor]:
-    def policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    def policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> Any:
         # Of all that a block computes, sparse-causal attention (more keys than queries) costs most for what it takes.
         keep = operation in kept or (operation in _ATTENTIONS and args[1].shape[-2] > args[0].shape[-2])
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     def run(*args: Any) -> Tensor:
         snapshot = [dict(arg) if isinstance(arg, dict) else arg for arg in args]
         # The UNet draws no random numbers, so there is no random state to preserve.
-        return checkpoint(
+        return checkpoint.checkpoint(
             forward,
             *snapshot,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+            context_fn=lambda: checkpoint.create_selective_checkpoint_contexts(policy),
         )
 
     return run

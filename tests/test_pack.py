@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import tune_a_video
-from pack import PROJECT
+from pack import PROJECT, load_pack
 from tune_a_video.tav_core import weights
 
 NODES = asyncio.run(asyncio.run(tune_a_video.comfy_entrypoint()).get_node_list())
@@ -68,6 +69,21 @@ def test_importing_the_pack_imports_nothing_that_the_host_has_not():
     brought = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()
     assert "tune_a_video" in brought
     assert [name for name in brought if name.split(".")[0] not in ("pack", "tune_a_video")] == []
+
+
+@pytest.mark.parametrize("kind", ["cuda", "backends.mps", "xpu"])
+def test_programs_use_the_device_that_the_host_would(kind, monkeypatch):
+    from comfy.cli_args import args
+
+    devices = {"cuda": torch.cuda, "backends.mps": torch.backends.mps, "xpu": torch.xpu}
+    for name, device in devices.items():
+        monkeypatch.setattr(device, "is_available", lambda name=name: name == kind)
+    monkeypatch.setattr(args, "cpu", None)
+    for cpu in (False, True):
+        load_pack("tune_a_video_elsewhere", cpu)
+        assert args.cpu is cpu
+        for name in [name for name in sys.modules if name.startswith("tune_a_video_elsewhere")]:
+            del sys.modules[name]
 
 
 def test_the_demo_model_is_small():

@@ -1,5 +1,6 @@
 """`run.py parity` on the reference's golden numbers, where they are, and on those of a second implementation."""
 
+import shutil
 from pathlib import Path
 
 import parity
@@ -25,6 +26,20 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    write_golden(folder, {**TINY, **VARIANTS["sd1"]})
+    return folder
+
+
+@pytest.fixture
+def golden(written, tmp_path):
+    """The golden numbers of a parity folder in `tmp_path`."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return load_file(tmp_path / "golden.safetensors")
+
+
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_equals_the_reference_implementation(folder):
     assert parity.main([str(folder)]) == 0
@@ -40,12 +55,40 @@ def test_equals_a_second_implementation(variant, tmp_path, capsys):
     assert float(line[1]) == 0
 
 
-def test_a_wrong_figure_fails(tmp_path, capsys):
-    write_golden(tmp_path, {**TINY, **VARIANTS["sd1"]})
-    golden = load_file(tmp_path / "golden.safetensors")
+def test_a_wrong_figure_fails(golden, tmp_path, capsys):
     golden["ddim.inversion"][1] *= 1 + 1e-4
     golden["train.loss"][2] = torch.nan
     save_file(golden, tmp_path / "golden.safetensors")
     assert parity.main([str(tmp_path)]) == 1
     failed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert failed == ["ddim.inversion", "train.loss.3", "train.checkpointed.loss.3"]
+
+
+TRAINING = {f"train.{way}{kind}" for way in ("", "checkpointed.") for kind in ("loss", "grad_norm", "update")}
+
+
+@pytest.mark.parametrize(
+    ("lacking", "skipped"),
+    [
+        (("forward.f1.out_per_frame", "ddim.inv"), {"forward.f1.per_frame", "ddim.inversion", "ddim.sampling_cfg12.5"}),
+        (
+            ("ddim.sampling", "train.grad_norm", "train.update"),
+            {"ddim.sampling_cfg12.5", *(name for name in TRAINING if "loss" not in name)},
+        ),
+        (("train.noise",), {*TRAINING, "published.roundtrip"}),
+    ],
+)
+def test_a_figure_that_a_folder_lacks_is_skipped_by_name(lacking, skipped, golden, tmp_path, capsys):
+    """The others are compared as ever."""
+    rest = {name: tensor for name, tensor in golden.items() if not name.startswith(lacking)}
+    save_file(rest, tmp_path / "golden.safetensors")
+    assert parity.main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in told if "skipped: golden.safetensors has no " in line} == skipped
+    assert f", {len(skipped)} skipped" in told[-1]
+
+
+def test_a_folder_of_which_nothing_is_compared_is_no_success(golden, tmp_path, capsys):
+    save_file({"other": torch.zeros(1)}, tmp_path / "golden.safetensors")
+    assert parity.main([str(tmp_path)]) == 1
+    assert "parity: nothing was compared" in capsys.readouterr().out

@@ -373,6 +373,43 @@ def test_paths_that_lead_out_are_refused(run: ModuleType, tmp_path: Path, name: 
     assert not list(tmp_path.rglob("escaped.py"))
 
 
+# ---- the tests ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [
+        ([], 4),
+        (["-n", "0"], 0),
+        (["-n1"], 1),
+        (["-n", "2", "tests/test_ddim.py", "-k", "not slow"], 2),
+        (["-q", "--numprocesses=3"], 3),
+        (["-n", "auto"], 4),
+        (["--numprocesses", "logical"], 4),
+    ],
+)
+def test_every_process_of_the_tests_has_the_same_interpreter(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], workers: int
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(run, "prepare", lambda: (None, Path("python")))
+    monkeypatch.setattr(run, "run_with_host", lambda _host, command, _folder: commands.append(command))
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 16)
+    run.test(arguments)
+    (command,) = commands
+    assert not [part for part in command if part.startswith(("-n", "--numprocesses"))]
+    tx = f"{workers}*popen//python=python -I -Xwarn_default_encoding"
+    distributed = ["--tx", tx, "--dist", "loadfile"] if workers else []
+    others = ["tests/test_ddim.py", "-k", "not slow"] if "-k" in arguments else ["-q"] if "-q" in arguments else []
+    assert command == ["python", "-I", "-Xwarn_default_encoding", "-m", "pytest", *distributed, *others]
+
+
+def test_another_number_of_processes_is_an_error(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.test(["-n", "many"])
+    assert "-n is many: give a number" in capsys.readouterr().err
+
+
 # ---- the browser ----------------------------------------------------------------------------------------
 
 
