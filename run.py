@@ -495,12 +495,12 @@ def test(arguments: list[str]) -> int:
 
 
 def program(*words: str) -> Callable[[list[str]], int]:
-    """A command that runs a program in benchmarks/ on the host, without its server."""
+    """A command that runs a program of this project on the host, without its server."""
     name, *first = words
 
     def command(arguments: list[str]) -> int:
         host, python = prepare()
-        return run_with_host(host, [str(python), str(PROJECT / "benchmarks" / name), *first, *arguments])
+        return run_with_host(host, [str(python), str(PROJECT / name), *first, *arguments])
 
     return command
 
@@ -539,7 +539,7 @@ def demo(arguments: list[str]) -> int:
     port = open_port(options.port)
     host, python = prepare()
     for_comfyui: list[str] = []
-    job = [str(python), str(PROJECT / "benchmarks" / "pack.py"), "demo.job", f"http://127.0.0.1:{port}"]
+    job = [str(python), str(PROJECT / "tools" / "pack.py"), "lab.job", f"http://127.0.0.1:{port}"]
     if options.checkpoint:
         checkpoint = options.checkpoint.resolve()
         STATE.mkdir(exist_ok=True)
@@ -682,11 +682,11 @@ COMMANDS = {
     "demo": demo,
     "test": test,
     "serve": serve,
-    "parity": program("parity.py"),
-    "bench": program("bench.py"),
-    "evaluate": program("pack.py", "demo.evaluate"),
-    "train": program("pack.py", "demo.train"),
-    "quality": program("pack.py", "demo.quality"),
+    "parity": program("benchmarks/parity.py"),
+    "bench": program("benchmarks/bench.py"),
+    "evaluate": program("tools/pack.py", "lab.evaluate"),
+    "train": program("tools/pack.py", "lab.train"),
+    "quality": program("tools/pack.py", "lab.quality"),
 }
 
 

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 from measure import Work, ceiling, distance, interleaved, peak, seconds
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 from pack import load_pack
 
 GIB = 2**30

@@ -17,14 +17,19 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from measure import distance
-from pack import load_pack
 from safetensors.torch import load_file
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+from pack import load_pack
+
 load_pack()
-from tune_a_video.tav_core import ddim, editing, host, library, published  # noqa: E402
-from tune_a_video.tav_core.inflation import TemporalLayers  # noqa: E402
-from tune_a_video.tav_core.one_shot import one_shot_tune  # noqa: E402
-from tune_a_video.tav_core.tuning import Recipe, trains  # noqa: E402
+from tune_a_video.tav_core import host  # noqa: E402
+from tune_a_video.tav_core.method import ddim  # noqa: E402
+from tune_a_video.tav_core.method.inflation import TemporalLayers  # noqa: E402
+from tune_a_video.tav_core.method.tuning import Recipe, trains  # noqa: E402
+from tune_a_video.tav_core.pipeline import editing, library  # noqa: E402
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune  # noqa: E402
+from tune_a_video.tav_core.store import published  # noqa: E402
 
 TOLERANCES = {"forward": 2e-6, "inversion": 1e-5, "sampling": 1e-4, "loss": 1e-5, "grad_norm": 1e-5, "update": 5e-3}
 TOLERANCES["roundtrip"] = 0.0

@@ -13,11 +13,14 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
-from tune_a_video.tav_core import ddim, editing, host, published
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.inflation import TemporalLayers
-from tune_a_video.tav_core.one_shot import one_shot_tune
-from tune_a_video.tav_core.tuning import Draws, Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import ddim
+from tune_a_video.tav_core.method.inflation import TemporalLayers
+from tune_a_video.tav_core.method.tuning import Draws, Recipe
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
+from tune_a_video.tav_core.store import published
 
 KINDS = ("inversion step", "guided sampling step", "tuning step, fast", "tuning step, low memory")
 INVERSION, SAMPLING, FAST, LOW = KINDS

@@ -4,7 +4,8 @@ import logging
 
 from comfy_api.latest import io
 
-from ..tav_core import drift, host
+from ..tav_core import host
+from ..tav_core.host import drift
 from .clip import LoadClip, PrepareClip
 from .compare import CompareVideos
 from .demo import DemoClip, LoadDemoModel

@@ -2,7 +2,8 @@ from fractions import Fraction
 
 from comfy_api.latest import Input, io
 
-from ..tav_core import clip, host, load_clip, video
+from ..tav_core import host
+from ..tav_core.pictures import clip, load_clip, video
 from .schema import CATEGORY
 
 

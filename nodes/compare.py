@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..tav_core.compare import side_by_side
+from ..tav_core.pictures.compare import side_by_side
 from .schema import CATEGORY
 
 MORE = range(3, 7)

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..tav_core import host
-from ..tav_core.inflation import GROUP_NORM_MODES
+from ..tav_core.method.inflation import GROUP_NORM_MODES
 from .schema import CATEGORY
 
 

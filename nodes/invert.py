@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
-from ..tav_core import ddim, editing
+from ..tav_core.method import ddim
+from ..tav_core.pipeline import editing
 from .schema import CATEGORY
 
 

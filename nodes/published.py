@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..tav_core import library
+from ..tav_core.pipeline import library
 from .schema import CATEGORY, Weights
 
 

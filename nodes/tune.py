@@ -6,13 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..tav_core import graph, host
-from ..tav_core.apply import apply_weights
-from ..tav_core.clip import to_image
-from ..tav_core.memory import MEMORY
-from ..tav_core.one_shot import Saving, Validation, one_shot_tune, runs_folder
-from ..tav_core.plot import curve_with_edit, loss_curve, with_note
-from ..tav_core.tuning import Recipe
+from ..tav_core import host
+from ..tav_core.method.memory import MEMORY
+from ..tav_core.method.tuning import Recipe
+from ..tav_core.pictures.clip import to_image
+from ..tav_core.pictures.plot import curve_with_edit, loss_curve, with_note
+from ..tav_core.pipeline.apply import apply_weights
+from ..tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune, runs_folder
+from . import graph
 from .schema import CATEGORY, Weights, advanced
 
 log = logging.getLogger(__name__)

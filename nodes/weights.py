@@ -1,8 +1,8 @@
 from comfy_api.latest import io
 
-from ..tav_core import library
-from ..tav_core.apply import apply_weights, check_base
-from ..tav_core.weights import PRECISIONS
+from ..tav_core.pipeline import library
+from ..tav_core.pipeline.apply import apply_weights, check_base
+from ..tav_core.store.weights import PRECISIONS
 from .schema import CATEGORY, Weights
 
 

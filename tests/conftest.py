@@ -10,17 +10,18 @@ import torch
 from hypothesis import HealthCheck, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path += [str(PROJECT / "benchmarks"), str(PROJECT / "tests" / "support"), str(PROJECT / "tests" / "browser")]
+sys.path += [str(PROJECT / folder) for folder in ("tools", "benchmarks", "tests/support", "tests/browser")]
 collect_ignore = [] if "TAV_BROWSER" in os.environ else ["browser"]  # run.py test --browser sets it
 
 from pack import load_pack  # noqa: E402
 
 load_pack(cpu=not torch.cuda.is_available())  # what the tests compare with is in float64, which not every device has
 from small import TINY, random_weights  # noqa: E402
-from tune_a_video.tav_core import host, published  # noqa: E402
-from tune_a_video.tav_core.inflation import TemporalLayers  # noqa: E402
-from tune_a_video.tav_core.tuning import trains  # noqa: E402
-from tune_a_video.tav_core.weights import TunedWeights  # noqa: E402
+from tune_a_video.tav_core import host  # noqa: E402
+from tune_a_video.tav_core.method.inflation import TemporalLayers  # noqa: E402
+from tune_a_video.tav_core.method.tuning import trains  # noqa: E402
+from tune_a_video.tav_core.store import published  # noqa: E402
+from tune_a_video.tav_core.store.weights import TunedWeights  # noqa: E402
 
 import nodes as core_nodes  # noqa: E402  (the host's)
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from tune_a_video.tav_core.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal, wide_heads
+from tune_a_video.tav_core.method.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal, wide_heads
 
 HEADS, DIM = 2, 8
 

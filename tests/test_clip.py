@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tune_a_video.tav_core.clip import FITS, prepare_clip
+from tune_a_video.tav_core.pictures.clip import FITS, prepare_clip
 
 VIDEO = torch.rand(12, 20, 30, 3, generator=torch.Generator().manual_seed(0))
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tune_a_video.nodes.compare import CompareVideos
-from tune_a_video.tav_core import caption
-from tune_a_video.tav_core.compare import GAP, LARGEST, side_by_side
+from tune_a_video.tav_core.pictures import lettering as caption
+from tune_a_video.tav_core.pictures.compare import GAP, LARGEST, side_by_side
 
 
 def clip(frames=3, height=16, width=24, channels=3, seed=0):

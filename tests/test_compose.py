@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import TINY
-from tune_a_video.tav_core import editing, host, published
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.one_shot import one_shot_tune
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
+from tune_a_video.tav_core.store import published
 
 BLOCK = "input_blocks_1_1_transformer_blocks_0"
 

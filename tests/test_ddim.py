@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from tune_a_video.tav_core import ddim, editing, host
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import ddim
+from tune_a_video.tav_core.pipeline import editing
 
 SCHEDULE = {
     "beta_start": 0.00085,

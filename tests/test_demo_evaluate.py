@@ -4,8 +4,9 @@ import json
 from itertools import combinations
 
 import pytest
-from tune_a_video.demo import classifier, evaluate, model
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.demo import model
+from tune_a_video.lab import classifier, evaluate
+from tune_a_video.tav_core.method.tuning import Recipe
 
 
 @pytest.fixture

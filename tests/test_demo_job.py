@@ -5,8 +5,8 @@ import json
 import pytest
 from live_server import Server
 from prompts import change
-from tune_a_video.demo import job
-from tune_a_video.demo.api import Refused, find
+from tune_a_video.lab import job
+from tune_a_video.tools.api import Refused, find
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_what_the_server_refuses_or_fails_at_is_said_in_a_line(server):
 
 def test_an_own_clip_gets_an_output_for_each_edit(server):
     names = {"source", "reconstruction", "a dog", "a cat"}
-    prompt = job.own_clip(server, job.PROJECT / "demo" / "quickstart.mp4", "a car", "sd.ckpt", ["a dog", "a cat"])
+    prompt = job.own_clip(server, job.PROJECT / "lab" / "quickstart.mp4", "a car", "sd.ckpt", ["a dog", "a cat"])
     outputs = {node["_meta"]["title"] for node in prompt.values() if node["class_type"] == "SaveVideo"}
     assert outputs == names
     clip = prompt[find(prompt, "TAVLoadClip")]["inputs"]
@@ -72,7 +72,7 @@ def test_an_own_clip_gets_an_output_for_each_edit(server):
 def test_a_video_never_takes_the_place_of_the_users(server, tmp_path):
     users, video = server.base / "input" / "clip.mp4", tmp_path / "clip.mp4"
     users.write_bytes(b"the user's")
-    video.write_bytes((job.PROJECT / "demo" / "quickstart.mp4").read_bytes())
+    video.write_bytes((job.PROJECT / "lab" / "quickstart.mp4").read_bytes())
     prompt = job.own_clip(server, video, "a car", "sd.ckpt", ["a dog"])
     name = prompt[find(prompt, "LoadVideo")]["inputs"]["file"]
     assert users.read_bytes() == b"the user's"

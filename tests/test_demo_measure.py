@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tune_a_video.demo import measure
+from tune_a_video.lab import measure
 
 PATH = np.array([[20.0, 60.0], [40.0, 64.0], [60.0, 70.0], [90.0, 70.0]])
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tune_a_video.demo import classifier, model, networks, world
+from tune_a_video.demo import model, world
+from tune_a_video.lab import classifier, networks
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 from torch import nn
-from tune_a_video.demo import train
-from tune_a_video.demo.optimizer import Muon, orthogonal
+from tune_a_video.lab import train
+from tune_a_video.lab.optimizer import Muon, orthogonal
 
 
 def test_orthogonal():

@@ -3,8 +3,9 @@
 import av
 import numpy as np
 import pytest
-from tune_a_video.demo import make_quickstart, world
+from tune_a_video.demo import world
 from tune_a_video.demo.world import Scene
+from tune_a_video.lab import make_quickstart
 
 
 def test_a_stream_of_scenes_is_seeded():

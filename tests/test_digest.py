@@ -11,7 +11,7 @@ import pytest
 import torch
 from pack import PROJECT
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.digest import digest
+from tune_a_video.tav_core.store.digest import digest
 
 
 class Scale:
@@ -120,7 +120,7 @@ def test_what_cannot_be_told_apart_never_has_a_digest_twice(caplog):
 
 SCRIPT = """
 import sys
-sys.path += ["benchmarks", "tests/support", "tests"]
+sys.path += ["tools", "benchmarks", "tests/support", "tests"]
 from pack import load_pack
 load_pack()
 import test_digest as t

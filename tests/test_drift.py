@@ -12,8 +12,8 @@ import pytest
 import torch
 import tune_a_video
 from pack import PROJECT, load_pack
-from tune_a_video.tav_core import drift
-from tune_a_video.tav_core.host_symbols import NEEDS, TORCH, TRIED
+from tune_a_video.tav_core.host import drift
+from tune_a_video.tav_core.host.symbols import NEEDS, TORCH, TRIED
 
 CHANGED = "tune_a_video_on_a_changed_host"
 SAMPLING = {"TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"}
@@ -219,10 +219,10 @@ def test_the_versions_that_are_named_are_the_documented_ones():
 # --- the table is complete ---------------------------------------------------------------------------------------
 
 TEXTS = {
-    path.name: path.read_text(encoding="utf-8")
+    path.relative_to(PROJECT).as_posix(): path.read_text(encoding="utf-8")
     for folder in ("nodes", "tav_core")
-    for path in (PROJECT / folder).glob("*.py")
-    if path.name not in ("host_symbols.py", "host_demo.py")  # no node needs the last one's
+    for path in (PROJECT / folder).glob("**/*.py")
+    if path.name != "symbols.py"
 }
 OF_OTHERS = {"detach", "size", "device", "dtype", "load", "parent"}  # of tensors and paths, but a MODEL has them too
 NAMES = {f"{owner}.{name}".replace(":", ".") for owner, name, _call in (row.values for row in MEMBERS)}
@@ -230,7 +230,8 @@ LISTED = {name.rpartition(".")[2] for name in NAMES}
 
 
 def test_all_that_is_used_of_the_hosts_modules_is_listed():
-    code = re.sub(r"^ +(import|from) .+$", "", TEXTS["host.py"], flags=re.MULTILINE)
+    ours = "".join(text for name, text in TEXTS.items() if name.startswith("tav_core/host/"))
+    code = re.sub(r"^ +(import|from) .+$", "", ours, flags=re.MULTILINE)
     used = set(re.findall(r"\b((?:comfy|folder_paths|latent_preview)\.[\w.]*\w)", code))
     assert {"comfy.lora.calculate_weight", "folder_paths.models_dir"} <= used
     prefixes = {name[: end.start()] for name in NAMES for end in re.finditer(r"\.|$", name)}

@@ -8,7 +8,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from small import TINY
 from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, PrepareClip, SampleVideo
-from tune_a_video.tav_core import host, one_shot, published
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.pipeline import one_shot
+from tune_a_video.tav_core.store import published
 
 CPU = torch.device("cpu")
 

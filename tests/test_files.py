@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 import pytest
 from pack import PROJECT
 from tune_a_video.nodes import ExportPublished, LoadWeights, SaveWeights
-from tune_a_video.tav_core import files, library
+from tune_a_video.tav_core.pipeline import library
+from tune_a_video.tav_core.store import files
 
 # --- no name twice ----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import pytest
 from prompts import node
-from tune_a_video.tav_core.graph import MAX_CAPTION, caption_of, stride_of
+from tune_a_video.nodes.graph import MAX_CAPTION, caption_of, stride_of
 
 ENCODE = {"clip": ["1", 1]}
 

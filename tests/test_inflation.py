@@ -5,8 +5,9 @@ import copy
 import comfy.model_management
 import pytest
 import torch
-from tune_a_video.tav_core import host, inflation
-from tune_a_video.tav_core.inflation import TemporalLayers
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import inflation
+from tune_a_video.tav_core.method.inflation import TemporalLayers
 
 
 def sample(core, model, prompts, latent, cfg=3.0, seed=7):

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 import pytest
 from live_server import NAME, PROJECT, Server
 from PIL import Image
-from tools import tools_python
 from tune_a_video.nodes import NODES
+
+from tools import tools_python
 
 PYPROJECT = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
 VERSION = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]

@@ -288,7 +288,7 @@ import sys
 sys.path[:0] = [sys.argv[1], *sys.argv[2].split(":")]
 from pack import load_pack
 load_pack()
-from tune_a_video.tav_core.load_clip import Wanted, load_clip
+from tune_a_video.tav_core.pictures.load_clip import Wanted, load_clip
 from tune_a_video.tav_core.video import File
 
 def peak():
@@ -311,6 +311,6 @@ def test_24_frames_of_a_4k_video_take_half_a_gibibyte(tmp_path):
     large = write_video(tmp_path / "4k.mp4", pictures, rate=30, options={"preset": "ultrafast", "g": "30"})
     small = write_video(tmp_path / "small.mp4", RAMPS)
     folders = ":".join(path for path in sys.path if path)
-    command = [sys.executable, "-c", MEASURE, str(PROJECT / "benchmarks"), folders, large, small]
+    command = [sys.executable, "-c", MEASURE, str(PROJECT / "tools"), folders, large, small]
     taken = int(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()[-1])
     assert taken < 2**29

@@ -10,11 +10,14 @@ import pytest
 import torch
 from baseline import SD15
 from small import random_weights
-from tune_a_video.tav_core import editing, host, memory, one_shot, published
-from tune_a_video.tav_core.inflation import RECOMPUTE
-from tune_a_video.tav_core.network import TrainingUNet, estimate_step
-from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import memory
+from tune_a_video.tav_core.method.inflation import RECOMPUTE
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pipeline import editing, one_shot
+from tune_a_video.tav_core.pipeline.network import TrainingUNet, estimate_step
+from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
+from tune_a_video.tav_core.store import published
 
 GIB = 2**30
 MID = {

@@ -17,8 +17,10 @@ from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
 from small import TINY, meta_unet
 from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadPublished, OneShotTune
-from tune_a_video.tav_core import editing, host, library, published
-from tune_a_video.tav_core.apply import apply_weights
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.pipeline import editing, library
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.store import published
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPES = {
@@ -579,7 +581,7 @@ def test_a_changed_folder_is_read_again(model, exported):
 
 def test_weights_and_published_models_are_told_apart(model, make_weights, exported, folder):
     from tune_a_video.nodes import LoadWeights
-    from tune_a_video.tav_core.weights import save_file as save_weights
+    from tune_a_video.tav_core.store.weights import save_file as save_weights
 
     with pytest.raises(ValueError, match="is a published model: read it with Load Published Model"):
         LoadWeights.execute(f"mine_00001/unet/{WEIGHTS}")

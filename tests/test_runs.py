@@ -15,10 +15,14 @@ import pytest
 import torch
 from pack import PROJECT
 from tune_a_video.nodes import OneShotTune
-from tune_a_video.tav_core import host, one_shot, plot, runs, tuning
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.one_shot import Saving, one_shot_tune
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import tuning
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pictures import plot
+from tune_a_video.tav_core.pipeline import one_shot
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
+from tune_a_video.tav_core.store import runs
 
 
 @pytest.fixture

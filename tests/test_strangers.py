@@ -9,8 +9,9 @@ import comfy.ldm.modules.attention
 import comfy.samplers
 import pytest
 import torch
-from tune_a_video.tav_core import editing, host
-from tune_a_video.tav_core.apply import apply_weights
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
 
 CLIP = {"samples": torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * 5}
 
@@ -206,7 +207,7 @@ def test_a_model_that_is_not_inflated_may_be_walked(core, model, prompts):
 
 def test_merged_tokens(core, tuned, prompts, monkeypatch):
     """ToMe merges queries and no keys: as if each merged token asked alone."""
-    from tune_a_video.tav_core.attention import SparseCausal
+    from tune_a_video.tav_core.method.attention import SparseCausal
 
     generator = torch.Generator().manual_seed(0)
     attention = SparseCausal(4)

@@ -7,8 +7,8 @@ from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
 from PIL import Image
 from prompts import change
-from tune_a_video.demo import job
-from tune_a_video.demo.api import to_api
+from tune_a_video.lab import job
+from tune_a_video.tools.api import to_api
 
 FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
@@ -99,7 +99,7 @@ def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kep
 
 def test_a_personalised_checkpoint_takes_over_the_motion(server):
     write_checkpoint(server.base / "models" / "checkpoints" / "sd15.ckpt")
-    video = server.upload(PROJECT / "demo" / "quickstart.mp4")
+    video = server.upload(PROJECT / "lab" / "quickstart.mp4")
     small = {"count": 2, "stride": 1, "width": 64, "height": 64}
     videos = run(server, WORKFLOWS["personalised_checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
     assert videos["edit"].pictures.shape == (2, 64, 64, 3)

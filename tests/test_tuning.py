@@ -9,12 +9,15 @@ from baseline import SD15
 from small import meta_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.nodes import ApplyWeights, InflateUNet
-from tune_a_video.tav_core import editing, host, inflation, published, tuning
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.inflation import RECOMPUTE, TemporalLayers
-from tune_a_video.tav_core.network import TrainingUNet
-from tune_a_video.tav_core.one_shot import one_shot_tune
-from tune_a_video.tav_core.tuning import Recipe, Step
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import inflation, tuning
+from tune_a_video.tav_core.method.inflation import RECOMPUTE, TemporalLayers
+from tune_a_video.tav_core.method.tuning import Recipe, Step
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.network import TrainingUNet
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
+from tune_a_video.tav_core.store import published
 
 
 def tuned(model, clip, prompts, steps=3, precision="fp32", recompute="all", on_step=lambda _step: None, **recipe):

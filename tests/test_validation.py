@@ -8,11 +8,12 @@ import pytest
 import torch
 from tune_a_video.nodes import OneShotTune
 from tune_a_video.nodes import tune as tune_node
-from tune_a_video.tav_core import editing, host
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.one_shot import VALIDATION_CFG, VALIDATION_STEPS, Saving, Validation, one_shot_tune
-from tune_a_video.tav_core.plot import EDIT, HEIGHT, WIDTH
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pictures.plot import EDIT, HEIGHT, WIDTH
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import VALIDATION_CFG, VALIDATION_STEPS, Saving, Validation, one_shot_tune
 
 
 @pytest.fixture

@@ -13,11 +13,13 @@ from comfy_api.latest._io import Hidden, HiddenHolder
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadWeights, OneShotTune, SaveWeights
-from tune_a_video.tav_core import editing, files, graph, host, library, weights
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.tuning import Recipe
-from tune_a_video.tav_core.weights import TunedWeights, difference
+from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadWeights, OneShotTune, SaveWeights, graph
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pipeline import editing, library
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.store import files, weights
+from tune_a_video.tav_core.store.weights import TunedWeights, difference
 
 
 def equal(a, b):

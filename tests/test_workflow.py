@@ -12,8 +12,8 @@ import pytest
 from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
 from prompts import change, node
-from tune_a_video.demo import job
-from tune_a_video.demo.api import Refused, find, to_api
+from tune_a_video.lab import job
+from tune_a_video.tools.api import Refused, find, to_api
 
 CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
 FRAMES, SIZE = 4, 64
@@ -156,7 +156,7 @@ def test_weights_are_kept_described_and_read_again_when_they_change(server, prom
 
 def test_the_demos_job_on_an_own_clip(server, prompt):
     """`run.py demo --video … --checkpoint …`, made small."""
-    own = job.own_clip(server, PROJECT / "demo" / "quickstart.mp4", "a car", "sd15.ckpt", ["a dog", "a cat"])
+    own = job.own_clip(server, PROJECT / "lab" / "quickstart.mp4", "a car", "sd15.ckpt", ["a dog", "a cat"])
     change(own, width=SIZE, height=SIZE, count=2, steps=1, stride=1)
     videos, _seconds = job.run(server, own)
     assert set(videos) == {"source", "reconstruction", "a dog", "a cat"}

@@ -7,7 +7,7 @@ import torch
 from baseline import SD15
 from comfy.taesd.taesd import TAESD
 from small import meta_unet
-from tune_a_video.tav_core import published
+from tune_a_video.tav_core.store import published
 
 STRIDE = 7  # from row to row: rows overlap, but none repeats another
 

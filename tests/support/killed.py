@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE), str(HERE.parent.parent / "benchmarks")]
+sys.path += [str(HERE), str(HERE.parent.parent / "tools"), str(HERE.parent.parent / "benchmarks")]
 
 from pack import load_pack  # noqa: E402
 
@@ -22,9 +22,10 @@ load_pack()
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from small import TINY, random_weights  # noqa: E402
-from tune_a_video.tav_core import host, published  # noqa: E402
-from tune_a_video.tav_core.one_shot import Saving, one_shot_tune  # noqa: E402
-from tune_a_video.tav_core.tuning import Recipe  # noqa: E402
+from tune_a_video.tav_core import host  # noqa: E402
+from tune_a_video.tav_core.method.tuning import Recipe  # noqa: E402
+from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune  # noqa: E402
+from tune_a_video.tav_core.store import published  # noqa: E402
 
 STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
 

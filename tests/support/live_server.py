@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tune_a_video.demo.api import Comfy
+from tune_a_video.tools.api import Comfy
 
 PROJECT = Path(__file__).resolve().parents[2]
 NAME = "tune-a-video"

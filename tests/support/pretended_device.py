@@ -15,11 +15,12 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from tune_a_video.tav_core import editing, host
-from tune_a_video.tav_core.apply import apply_weights
-from tune_a_video.tav_core.inflation import RECOMPUTE
-from tune_a_video.tav_core.one_shot import one_shot_tune
-from tune_a_video.tav_core.tuning import Recipe
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.inflation import RECOMPUTE
+from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
 
 CLIP = (5, 4, 8, 8)
 

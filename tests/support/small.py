@@ -2,7 +2,7 @@
 
 import torch
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.network import PlainOps
+from tune_a_video.tav_core.pipeline.network import PlainOps
 
 TINY = {
     "in_channels": 4,

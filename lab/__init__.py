@@ -1,0 +1,1 @@
+"""The demo's training, evaluation and pictures: nothing that a node needs."""

@@ -1,0 +1,228 @@
+"""The act of inflating a MODEL: what its clone carries, and what a sampling run of it is held to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.attention import SparseCausal, wide_heads
+from ..method.inflation import TemporalLayers, inflated, is_inflated
+from .comfyui import KEY, UNET, ModelPatcher, comfy, others_on, parts_of, prediction_type_of, unet_of
+
+OVERRIDE = "optimized_attention_override"  # the host's transformer option
+
+
+@dataclass(frozen=True)
+class Inflation:
+    """What an inflated MODEL carries with it.
+
+    Attributes:
+        temporal: its temporal layers, shared by its clones and never changed once attached.
+        group_norm: see `inflation`.
+        frames: length of the clip that it was tuned on; None before tuning.
+    """
+
+    temporal: TemporalLayers
+    group_norm: str
+    frames: int | None = None
+
+
+def inflation_of(model: ModelPatcher) -> Inflation:
+    """What an inflated MODEL carries. Raises ValueError when it is not inflated, or another node has undone that."""
+    inflation = model.attachments.get(KEY)
+    kinds = comfy.patcher_extension.WrappersMP
+    if inflation is None or not all(
+        model.get_wrappers(kind, KEY) for kind in (kinds.DIFFUSION_MODEL, kinds.OUTER_SAMPLE)
+    ):
+        raise ValueError("this MODEL is not inflated: connect it through the Inflate UNet node first.")
+    return inflation
+
+
+def inflate(model: ModelPatcher, group_norm: str) -> ModelPatcher:
+    """A clone of `model` whose UNet treats its batch as the frames of a video.
+
+    Untuned, it differs from the image model by sparse-causal attention and by `group_norm` only.
+
+    Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
+    """
+    unet = unet_of(model)
+    prediction_type_of(model)
+    if KEY in model.attachments:
+        raise ValueError("this MODEL is inflated already: connect the checkpoint's own MODEL to Inflate UNet.")
+    temporal = TemporalLayers(parts_of(unet))
+    temporal.reset()
+    return with_inflation(model, Inflation(temporal, group_norm))
+
+
+def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
+    """A clone of `model` that carries `inflation`, instead of any that it had."""
+    # A copy: the caller's layers stay as they are.
+    temporal = copy.deepcopy(inflation.temporal).requires_grad_(False).to(inference_dtype(model))
+    # A patcher of their own: the host counts, loads and offloads the new layers like any other model.
+    patcher: Any = ModelPatcher(temporal, model.load_device, model.offload_device)
+    if hasattr(patcher, "cached_patcher_init"):
+        # Newer hosts rebuild a model for each further GPU through this factory.
+        patcher.cached_patcher_init = (lambda *_args, **_kwargs: patcher.clone(), ())
+    clone = model.clone()
+    wrappers = comfy.patcher_extension.WrappersMP
+    clone.remove_wrappers_with_key(wrappers.DIFFUSION_MODEL, KEY)
+    clone.remove_wrappers_with_key(wrappers.OUTER_SAMPLE, KEY)
+    # torch.compile does not see that other layers are attached, and would go on with those that it compiled first.
+    video_call = torch.compiler.disable(_video_call(temporal, inflation.group_norm))
+    clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, video_call)
+    clone.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, _whole_video)
+    clone.set_additional_models(KEY, [patcher])
+    clone.set_attachments(KEY, inflation)
+    return clone
+
+
+def inference_dtype(model: ModelPatcher) -> Any:
+    """The dtype in which the host runs the model's UNet."""
+    base: Any = model.model
+    return model.get_model_object("manual_cast_dtype") or base.get_dtype()
+
+
+def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tensor]:
+    """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
+
+    def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        prompts = len(transformer_options.get("cond_or_uncond", (0,)))
+        frames = frames_of(x, prompts, transformer_options.get(KEY))
+        videos = x.shape[0] // frames
+        # The executor's own module, not the base model's: with several GPUs each has its copy.
+        with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm) as attention:
+            if frames > 1:  # a single frame stays the image model's, to the bit
+                override = _video_attention(attention, transformer_options.get(OVERRIDE), x.device)
+                transformer_options = {**transformer_options, OVERRIDE: override}
+                replaced = transformer_options.get("patches_replace", {})
+                if functions := replaced.get("attn1"):
+                    functions = {block: attention.replaced(function) for block, function in functions.items()}
+                    transformer_options["patches_replace"] = {**replaced, "attn1": functions}
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    return wrapper
+
+
+def _video_attention(attention: SparseCausal, override: Callable | None, device: torch.device) -> Callable[..., Tensor]:
+    """What computes the attention of a video call: another pack's override, else the host's choice.
+
+    On a CPU the host, unless told otherwise, takes one that saves memory: torch's saves more, and is three times as
+    fast.
+    """
+    torchs = wide_heads(comfy.ldm.modules.attention.attention_pytorch) if device.type == "cpu" else None
+
+    def attend(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if override is not None:
+            chosen = partial(override, chosen)
+        elif torchs is not None and chosen.__name__ == "attention_sub_quad":
+            chosen = torchs
+        return attention.attend(chosen, *args, **kwargs)
+
+    return attend
+
+
+def frames_of(x: Tensor, prompts: int, clip: int | None) -> int:
+    """The frames of each video in a UNet call, which holds whole videos: one for each prompt, and for each tile.
+
+    Args:
+        x: the call's batch of frames, video after video.
+        prompts: how many of them the host computes in this call.
+        clip: frames of the clip that is sampled; None where the UNet is called outside of a sampling run.
+    Raises ValueError when the batch is no whole number of videos.
+    """
+    batch = x.shape[0]
+    clip = clip or batch // prompts
+    if clip and batch % clip == 0:
+        videos = batch // clip
+        # Fewer videos than prompts: one prompt's alone (whole), or a part of the frames for all prompts, which then
+        # share their latents.
+        parts = x.chunk(prompts)
+        if videos % prompts == 0 or any(not torch.equal(part, parts[0]) for part in parts):
+            return clip
+    raise ValueError(
+        f"another node calls this MODEL with {batch} pictures for {prompts} prompt{'s' * (prompts != 1)}, which are no "
+        f"whole videos of {clip} frames. Remove the node that cuts the batch (context windows, tiles, batch splitting) "
+        "from the MODEL."
+    )
+
+
+def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    """A wrapper around one sampling run, any sampler's: the clip is known in it, and its UNet must be a video's."""
+    guider = executor.class_obj
+    frames = noise.shape[0]
+    refuse_context_windows(guider.model_options, frames)
+    if denoise_mask is not None and not torch.count_nonzero(noise):
+        raise ValueError(
+            "the latents have a mask and no noise is added, so what the mask keeps would stay the noise that it is. "
+            "Use Sample Video, or SamplerCustomAdvanced with the NOISE of DDIM Invert."
+        )
+    options = guider.model_options.setdefault("transformer_options", {})  # the guider's own, for this run
+    options[KEY] = frames
+    calls = 0
+
+    def check(block: Any, _args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if not is_inflated(block):
+            raise ValueError(_bypassed(guider.model_options))
+
+    with ExitStack() as undo:
+        for block in parts_of(guider.model_patcher.model.diffusion_model).blocks.values():
+            undo.callback(block.register_forward_pre_hook(check).remove)
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if not calls and len(sigmas) > 1:
+        raise ValueError(_bypassed(guider.model_options))
+    return out
+
+
+def _bypassed(model_options: Mapping[str, Any]) -> str:
+    return (
+        "another node computed this MODEL without its inflation, each frame as a picture of its own. Remove it: "
+        "DeepCache is of this kind, and on this MODEL are "
+        f"{', '.join(others_on(model_options)) or 'none that tell their names'}."
+    )
+
+
+def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> None:
+    handler = model_options.get("context_handler")
+    if handler is None or getattr(handler, "dim", 0) != 0 or getattr(handler, "context_length", 0) >= frames:
+        return
+    raise ValueError(
+        "context windows would cut the video into pieces, but Tune-A-Video's attention needs all its frames at "
+        "once. Remove the context windows node from this MODEL."
+    )
+
+
+def add_tune(model: ModelPatcher, queries: Mapping[str, Tensor], strength: float) -> None:
+    """Add the change of the queries to a MODEL as the host's patches, marked as ours."""
+    mark = {"pad_weight": False, KEY: True}
+    model.add_patches({f"{UNET}{name}": ("diff", (delta, mark)) for name, delta in queries.items()}, strength)
+
+
+def refuse_merged_tunes(model: ModelPatcher) -> None:
+    """Raises ValueError for an inflated MODEL that was merged with a tuned one: of that only the queries came along."""
+
+    def changes(patch: Any) -> Iterator[int]:
+        """The marked changes within a patch, by identity: clones share them."""
+        match patch:
+            case Tensor() as change, {"tune_a_video": _}:
+                yield id(change)
+            case list() | tuple():
+                for part in patch:
+                    yield from changes(part)
+
+    for patches in model.patches.values():
+        # (strength, value, …), where the value is a list if it is another model's weight with that one's patches.
+        own = {change for patch in patches if not isinstance(patch[1], list) for change in changes(patch)}
+        if not own.issuperset(changes([patch for patch in patches if isinstance(patch[1], list)])):
+            raise ValueError(
+                "this MODEL was merged with a tuned one, of which only the image layers came along and no motion. "
+                "Merge the checkpoints first, then connect Inflate UNet and One-Shot Tune, or Apply Weights."
+            )

@@ -1,0 +1,1 @@
+"""Frames and drawings: no model at all."""

@@ -1,0 +1,1 @@
+"""The steps of the way: a MODEL in, a value out."""

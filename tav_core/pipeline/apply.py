@@ -1,0 +1,70 @@
+"""Tuned weights on a MODEL: its clone carries the temporal layers, and the queries' change as the host's patches."""
+
+from __future__ import annotations
+
+import logging
+
+from .. import host
+from ..method.inflation import TemporalLayers
+from ..method.tuning import trains
+from ..store.weights import TunedWeights
+
+log = logging.getLogger(__name__)
+
+
+def apply_weights(
+    model: host.ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0
+) -> host.ModelPatcher:
+    """A clone of a model, inflated or not, with tuned weights; the host patches its own, and only while it is loaded.
+
+    Args:
+        motion: strength of the temporal attention.
+        content: strength of the change in the queries.
+    Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
+    """
+    temporal = TemporalLayers(host.parts_of(host.unet_of(model)))
+    temporal.assign(weights.temporal)
+    shapes = host.shapes_of(model)
+    wanted = {name for name in shapes if trains(name)}
+    if missing := wanted - weights.queries.keys():
+        raise ValueError(
+            f"{len(missing)} of the {len(wanted)} tuned queries of this MODEL are not in these weights, the first is "
+            f"{min(missing)}: save them again, or use weights that were tuned on this model's family."
+        )
+    if wrong := [name for name, delta in weights.queries.items() if shapes.get(name) != delta.shape]:
+        raise ValueError(
+            f"{len(wrong)} of {len(weights.queries)} tuned queries do not fit this MODEL, the first is {min(wrong)}. "
+            "Use weights that were tuned on this model's family."
+        )
+    for layer in temporal.layers:
+        for parameter in layer.attn_temp.to_out.parameters():
+            parameter.data *= motion
+    tuned = host.with_inflation(model, host.Inflation(temporal, weights.group_norm, weights.frames))
+    host.add_tune(tuned, weights.queries, content)
+    return tuned
+
+
+def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
+    """Whether weights may be applied to a model; another base of the same family is only noted in the log.
+
+    Raises ValueError for another family, naming both, and for a model that carries other tuned weights.
+    """
+    family = host.family_of(model)
+    if weights.base_family not in ("", family):
+        raise ValueError(
+            f"these weights were tuned on {weights.base_family}, this MODEL is {family}: use a checkpoint of their "
+            "family."
+        )
+    if weights.base_fingerprint == host.fingerprint(model):
+        return
+    if _is_tuned(model):
+        raise ValueError(
+            "this MODEL has other tuned weights already: connect the MODEL from before One-Shot Tune or Apply Weights."
+        )
+    log.info("Tune-A-Video: the weights were tuned on another base of this family (%s)", family)
+
+
+def _is_tuned(model: host.ModelPatcher) -> bool:
+    inflation = model.attachments.get(host.KEY)
+    # An untuned layer's output is zero.
+    return inflation is not None and any(layer.attn_temp.to_out[0].weight.any() for layer in inflation.temporal.layers)

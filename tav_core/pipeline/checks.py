@@ -1,0 +1,113 @@
+"""What must hold before long work begins: the model, the clip's latents and the prompts fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+
+# Options of a CONDITIONING that a UNet of Stable Diffusion 1.x and 2.x does not read, and values at which others change
+# nothing.
+UNREAD = {"pooled_output", "uuid"}
+NEUTRAL = {"strength": 1, "start_percent": 0, "end_percent": 1, "clip_start_percent": 0, "clip_end_percent": 1}
+
+
+def check_inputs(
+    model: host.ModelPatcher, latent: Mapping[str, Any], min_frames: int = 1, **prompts: host.Conditioning
+) -> Tensor:
+    """The clip's latents [f, c, h, w], after all that can be checked before long work begins was checked.
+
+    Raises ValueError saying what is wrong, what was expected and what to do.
+    """
+    unet = host.unet_of(model)
+    inflation = host.inflation_of(model)
+    host.prediction_type_of(model)
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or samples.ndim != 4:
+        raise ValueError(
+            f"the latents have shape {tuple(samples.shape)}; expected [frames, channels, height, width], as "
+            "VAE Encode of an SD checkpoint makes them from a batch of frames."
+        )
+    frames, channels, *sides = samples.shape
+    smallest = 2 ** (len(unet.channel_mult) - 1)  # one pixel is left on the coarsest level
+    if min(sides) < smallest:
+        raise ValueError(
+            f"the latents are {sides[1]} x {sides[0]}; this MODEL needs {smallest} x {smallest} or more, which are "
+            f"{host.LATENT_PIXELS * smallest} pixels a side. Make the clip larger."
+        )
+    host.refuse_context_windows(model.model_options, frames)
+    if channels != unet.in_channels:
+        raise ValueError(
+            f"the latents have {channels} channels, this MODEL's have {unet.in_channels}: encode the frames with "
+            "the VAE of the same checkpoint."
+        )
+    if frames < min_frames:
+        raise ValueError(
+            f"the clip has {frames} frame{'s' * (frames != 1)}; at least {min_frames} are needed (the paper uses "
+            "24 to 32). Raise count in Load Clip."
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError(
+            "the latents hold NaN or infinite values: check the node that they come from (a VAE makes them in fp16: "
+            "run ComfyUI with --fp32-vae) and the frames."
+        )
+    host.refuse_merged_tunes(model)
+    _check_mask(latent.get("noise_mask"), frames)
+    if inflation.frames not in (None, frames):
+        raise ValueError(
+            f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
+            "it was tuned on, or tune on this one."
+        )
+    for name, conditioning in prompts.items():
+        _check_conditioning(name, conditioning, unet, frames)
+    return samples
+
+
+def _check_mask(mask: Tensor | None, frames: int) -> None:
+    # The host would repeat too few masks, and drop too many, without a word.
+    if mask is not None and mask.ndim > 2 and mask.shape[0] not in (1, frames):
+        raise ValueError(
+            f"the latents' mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole "
+            f"clip, or {frames}, one a frame."
+        )
+
+
+def _check_conditioning(name: str, conditioning: host.Conditioning, unet: host.UNetModel, frames: int) -> None:
+    if not conditioning:
+        raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
+    width = next(block.attn2.to_k.in_features for block in host.parts_of(unet).blocks.values())
+    for entry in conditioning:
+        if entry[0].ndim != 3 or not entry[0].shape[1]:
+            raise ValueError(
+                f"{name} has shape {tuple(entry[0].shape)}; expected [prompts, tokens, width], as CLIP Text Encode "
+                "makes it."
+            )
+        batch, _tokens, channels = entry[0].shape
+        if batch not in (1, frames):
+            raise ValueError(
+                f"{name} has a batch of {batch} prompts; expected 1 for the whole clip, or {frames}, one a frame."
+            )
+        if channels != width:
+            raise ValueError(
+                f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
+            )
+
+
+def check_caption(caption: host.Conditioning) -> None:
+    """Whether a tune can use all of the caption. Raises ValueError naming what it cannot."""
+    if len(caption) != 1:
+        raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    lost = [
+        name
+        for name, value in caption[0][1].items()
+        if not (name in UNREAD or value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]))
+    ]
+    if lost:
+        raise ValueError(
+            f"caption carries {', '.join(map(str, lost))}, which tuning cannot use: it learns the whole clip with one "
+            "plain prompt. Connect CLIP Text Encode directly."
+        )

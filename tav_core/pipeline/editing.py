@@ -1,0 +1,113 @@
+"""DDIM inversion of a clip and sampling of its edit, through the host's guider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..method import ddim
+from .checks import check_inputs
+
+
+def invert(
+    model: host.ModelPatcher, latent: Mapping[str, Any], prompt: host.Conditioning, steps: int, callback=None
+) -> tuple[dict[str, Any], InvertedNoise, Tensor]:
+    """DDIM inversion of a clip: the noisy LATENT, the same as NOISE for the core's custom sampler, and its SIGMAS.
+
+    The LATENT is in sigma space, as the host's own samplers leave unfinished latents. It keeps a mask that the clip
+    has, and carries how and of what it was made. The sigmas descend to 0. A mask takes no part in the inversion.
+    """
+    samples = check_inputs(model, latent, prompt=prompt)
+    sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps)
+    out = host.run_sampler(
+        host.unguided(model, prompt), samples, sigmas, callback or host.preview_callback(model, steps)
+    )
+    sigma = float(sigmas[-1])
+    made = {"steps": steps, "sigma": sigma, "clip": samples, "inverted": out}
+    inverted = {**latent, "samples": out, host.KEY: made}
+    descending = torch.cat([sigmas[1:].flip(0), sigmas.new_zeros(1)])
+    return inverted, InvertedNoise(model, out, sigma), descending
+
+
+def sample_video(
+    model: host.ModelPatcher,
+    latent: Mapping[str, Any],
+    positive: host.Conditioning,
+    negative: host.Conditioning,
+    steps: int,
+    cfg: float,
+    callback=None,
+) -> dict[str, Any]:
+    """DDIM sampling from inverted latents; LATENT of the edited clip.
+
+    Outside of a mask in `latent`, the clip stays as it was.
+    """
+    samples = check_inputs(model, latent, positive=positive, negative=negative)
+    sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps).flip(0)
+    _check_inverted(model, latent, steps, float(sigmas[0]))
+    noise, mask = None, latent.get("noise_mask")
+    if mask is not None:
+        clip = {"samples": latent[host.KEY]["clip"]}
+        samples, noise = clip["samples"], InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
+    guider = host.guided(model, positive, negative, cfg)
+    out = host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, steps), noise, mask)
+    return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
+
+
+def _check_inverted(model: host.ModelPatcher, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
+    made = latent.get(host.KEY)
+    if latent.get("noise_mask") is not None and (made is None or not torch.equal(made["inverted"], latent["samples"])):
+        raise ValueError(
+            "the latents have a mask, but what it should keep of the clip is not known: they do not come from DDIM "
+            "Invert, or were changed since. Connect DDIM Invert, or take the mask off the latents."
+        )
+    if made is None:  # noise of another origin, or what a user took for it
+        spread = float(model.model.process_latent_in(latent["samples"]).float().std())
+        if spread < sigma / 2:
+            raise ValueError(
+                f"these latents are not noise (their standard deviation is {spread:.1f}, {steps} steps start at "
+                f"{sigma:.1f}): connect the inverted latents of DDIM Invert."
+            )
+    elif made["steps"] != steps:
+        raise ValueError(
+            f"the latents were inverted in {made['steps']} steps, but steps is {steps} here: the noise levels would "
+            "not meet. Use the same number in both nodes."
+        )
+    elif not math.isclose(made.get("sigma", sigma), sigma, rel_tol=1e-4):
+        raise ValueError(
+            f"the latents were inverted to noise level {made['sigma']:.3f}, this MODEL samples from {sigma:.3f}: a "
+            "node such as ModelSamplingDiscrete (zsnr) stands before one of the two nodes only. Put it before both."
+        )
+
+
+class InvertedNoise:
+    """NOISE from which the core's samplers start at the inverted latents, whatever latent image they are given."""
+
+    seed = 0
+
+    def __init__(self, model: host.ModelPatcher, inverted: Tensor, sigma: float):
+        self.model, self.inverted, self.sigma = model, inverted, sigma
+
+    def generate_noise(self, latent: Mapping[str, Any]) -> Tensor:
+        """The noise that the host scales and adds to `latent` to get the inverted latents.
+
+        Raises ValueError when the latents are of another shape.
+        """
+        image = latent["samples"]
+        if image.shape != self.inverted.shape:
+            raise ValueError(
+                f"the NOISE was inverted from latents of shape {tuple(self.inverted.shape)}, the latent image has "
+                f"{tuple(image.shape)}: both need the same frames and size."
+            )
+        sampling = host.sampling_of(self.model)
+        at_top = abs(self.sigma / float(sampling.sigma_max) - 1) < 1e-5
+        unit = sampling.noise_scaling(torch.tensor(self.sigma), torch.ones(1), torch.zeros(1), at_top)
+        process_in = self.model.model.process_latent_in
+        # The host leaves an all-zero latent image as it is.
+        start = process_in(image) if torch.count_nonzero(image) else image
+        return (process_in(self.inverted) - start.to(self.inverted)) / unit.to(self.inverted)

@@ -1,0 +1,148 @@
+"""The folder of tuned weights, `models/tune_a_video`: lists, names, files in and out, published models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import host
+from ..method.inflation import TemporalLayers
+from ..store import files, published
+from ..store.weights import TunedWeights, load_file, save_file
+from .apply import apply_weights, check_base
+
+log = logging.getLogger(__name__)
+
+
+def weights_folder() -> Path:
+    """Where new files go."""
+    return host.folders()[0]
+
+
+def weights_list() -> list[str]:
+    """Names of the weights files that can be loaded, in all folders."""
+    return [name for name in host.file_names() if _found(name)]
+
+
+def published_list() -> list[str]:
+    """Names of the folders and single files that may hold a published model, in all folders."""
+    names = set()
+    for folder in host.folders():
+        names |= set(published.sources(host.names_inside(folder)))
+    return sorted(name for name in names if _found(name))
+
+
+def find(name: str) -> Path:
+    """The file or folder of a name from a list. Raises ValueError when it is not there, or not inside our folders."""
+    for folder in host.folders():
+        path = files.inside(folder, name)
+        if path.is_file() or path.is_dir():
+            return path
+    raise ValueError(
+        f"there is no {name[:80]!r} in models/{host.FOLDER}: put it there, or in a folder that extra_model_paths.yaml "
+        f"names as {host.FOLDER}."
+    )
+
+
+def problem_with(name: str | None) -> bool | str:
+    """True when a name can be read, else why not; a name that another node will make is not known yet (None)."""
+    try:
+        return name is None or bool(find(name))
+    except ValueError as error:
+        return str(error)
+
+
+def _found(name: str) -> bool:
+    return problem_with(name) is True
+
+
+def stamp(name: str) -> str:
+    """Changes when the file, or any file of the folder, is another or was written to. Raises ValueError as `find`."""
+    path = find(name)
+    inside = [path] if path.is_file() else sorted(path.rglob("*"))
+    stats = [file.stat() for file in inside if file.is_file()]
+    return str([(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats])
+
+
+def save_weights(weights: TunedWeights, prefix: str, precision: str) -> str:
+    """Write a new weights file; its name, as `load_weights` takes it.
+
+    Raises ValueError and OSError as `save_file` and `files.write_new` do.
+    """
+    return _write_new(weights, prefix, ".safetensors", lambda path: save_file(weights, path, precision))
+
+
+def _write_new(weights: TunedWeights, prefix: str, ending: str, write: Callable[[Path], object]) -> str:
+    folder = weights_folder()
+    size = dict(zip(("width", "height"), weights.size, strict=True)) if weights.size else {}
+    return files.write_new(folder, files.filled(prefix, **size), ending, write).relative_to(folder).as_posix()
+
+
+def load_weights(name: str) -> TunedWeights:
+    """Read a weights file. Raises ValueError when it is none."""
+    path = find(name)
+    if not path.is_file() or path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path.name} is not a .safetensors file: choose a file that Save Weights wrote.")
+    return load_file(path)
+
+
+def import_published(model: host.ModelPatcher, name: str) -> tuple[TunedWeights, str]:
+    """A published model as weights for this base, and a report of what else differs from the base.
+
+    Raises ValueError as `find` and `read_published` do.
+    """
+    weights, report = read_published(model, find(name))
+    log.info("Tune-A-Video: %s: %s", name, report)
+    return weights, report
+
+
+def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, str]:
+    """`import_published` of a folder or file anywhere.
+
+    Raises ValueError when it is no published Tune-A-Video model, or of another shape.
+    """
+    parts = host.parts_of(host.unet_of(model))
+    family = host.family_of(model)
+    names = host.own_names(model)
+    tensors, config = published.read(path)
+    if config is not None:
+        published.check_config(config, {name: block.n_heads for name, block in parts.blocks.items()}, names)
+    layers = TemporalLayers(parts, device="meta").named()
+    shapes = host.shapes_of(model) | {name: parameter.shape for name, parameter in layers.items()}
+    base = host.effective_weights(model, torch.device("cpu"))
+    queries, temporal, report = published.to_weights(tensors, names, shapes, base)
+    weights = TunedWeights(
+        queries, temporal, frames=None, group_norm="video", base_family=family, base_fingerprint=host.fingerprint(model)
+    )
+    return weights, report
+
+
+def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str) -> str:
+    """Write a base with its weights as a published model into a new folder; its name.
+
+    Raises ValueError when they do not fit each other, ValueError and OSError as `files.write_new` does.
+    """
+
+    def write(folder: Path) -> None:
+        check_base(model, weights)
+        write_published(model, weights, folder)
+
+    name = _write_new(weights, prefix, "", write)
+    if not published.regular(model.model.model_config.unet_config):
+        log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
+    if weights.group_norm != "video":
+        log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
+    return name
+
+
+def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Path) -> None:
+    """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `export_published`."""
+    apply_weights(model, weights)  # for its checks of names and shapes
+    names = host.own_names(model)
+    heads = {name: block.n_heads for name, block in host.parts_of(host.unet_of(model)).blocks.items()}
+    config = published.config_of(model.model.model_config.unet_config, heads, names)
+    tensors = published.from_weights(weights, names, host.effective_weights(model, torch.device("cpu")))
+    published.write(folder, config, tensors)

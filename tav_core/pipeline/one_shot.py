@@ -1,0 +1,364 @@
+"""One-shot tuning of an inflated MODEL: `tuning.Training` with the memory plan, saved states and previews around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..method import memory as memories
+from ..method.tuning import METHOD_VERSION, Draws, Recipe, Step, Training, not_finite, reports_of, trains, weights_of
+from ..store import runs
+from ..store.digest import digest
+from ..store.weights import TunedWeights, difference
+from .apply import apply_weights
+from .checks import check_caption, check_inputs
+from .editing import invert, sample_video
+from .network import TrainingUNet, estimate_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Whether and how a tune's state is kept on disk.
+
+    Attributes:
+        folder: where (`runs_folder`).
+        every: steps between two saves; it is also saved at Cancel, at an error and at the end.
+        restart: begin anew, even if a saved state could be continued; that stays until this tune has come as far.
+    """
+
+    folder: Path
+    every: int = 50
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An edit to sample while a tune runs, to be looked at; it changes nothing of the tune.
+
+    Attributes:
+        positive: CONDITIONING of the edit.
+        negative: CONDITIONING of empty text, for inversion and guidance; zeros stand in for it when None.
+        every: steps between two samples.
+        show: called with the step and the frames as PIL pictures.
+    """
+
+    positive: host.Conditioning
+    negative: host.Conditioning | None
+    every: int
+    show: Callable[[int, list[Any]], None]
+
+
+VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
+VALIDATION_CFG = 12.5
+
+
+def runs_folder() -> Path:
+    """Where saved states of tunes are kept: in the host's user folder, which survives restarts."""
+    return host.user_folder() / "runs"
+
+
+def one_shot_tune(
+    model: host.ModelPatcher,
+    latent: Mapping[str, Any],
+    caption: host.Conditioning,
+    recipe: Recipe,
+    precision: str,
+    recompute: str,
+    on_step: Callable[[Step], None],
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
+    *,
+    saving: Saving | None = None,
+    memory: str | None = None,
+    validation: Validation | None = None,
+    tell: Callable[[str], None] = log.info,
+) -> TunedWeights:
+    """Tune an inflated model on one clip; the model itself is unchanged.
+
+    Args:
+        latent: LATENT of the clip, at least two frames.
+        caption: CONDITIONING with one entry.
+        precision: "auto", "fp32" or "bf16".
+        recompute: in the backward pass, one of `inflation.RECOMPUTE`: computes the same with less memory, slower.
+        on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
+            honoured after each step, too.
+        draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
+        saving: None saves nothing.
+        memory: "auto", "fast" or "low" estimates first and decides what is recomputed (`memory.plan`); None trusts
+            `recompute`.
+        validation: None samples nothing.
+        tell: called with what the user should know: resumed, reused, not saved, out of memory, what of the model and
+            the latents is not used.
+    Raises:
+        ValueError: the inputs do not fit each other, or the caption carries what a tune cannot use.
+        MemoryError: it does not fit, by the estimate or in fact.
+        FloatingPointError: the loss, the gradient or what was learned is not finite.
+    """
+    prompts = {"caption": caption}
+    if validation is not None:
+        prompts["validation_prompt"] = validation.positive
+        if validation.negative is not None:
+            prompts["validation_negative"] = validation.negative
+    samples = check_inputs(model, latent, min_frames=2, **prompts)
+    check_caption(caption)
+    if unused := host.unused_in_training(model):
+        tell(f"not used while it tunes, only when it samples: {', '.join(unused)}")
+    if latent.get("noise_mask") is not None:
+        tell("the latents' mask is not used: a tune learns whole frames")
+    device = model.load_device
+    precision = host.resolve_precision(precision, device)
+
+    # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
+    with torch.inference_mode(False), torch.enable_grad():
+        latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
+        context = caption[0][0].detach().clone().to(device, torch.float32)
+        sigmas = host.model_sigmas(model).detach().clone().cpu()
+        identity = host.fingerprint(model)
+
+        def signed(weights: TunedWeights, date: str) -> TunedWeights:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            return replace(weights, base_fingerprint=identity, date=date or now)
+
+        run = saved = None
+        if saving is not None:
+            key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
+            run = runs.Run(saving.folder, key, recipe.steps)
+            saved = None if saving.restart else run.load()
+        if saved is not None:
+            reports = reports_of(saved.state)
+            finished = len(reports) == recipe.steps
+            tell(f"reused: all {recipe.steps} steps were saved" if finished else f"resumed after step {len(reports)}")
+            for report in reports:
+                on_step(report)
+            if finished:
+                return signed(_result(model, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
+        host.unload(device)
+        if memory is not None:
+            recompute = _plan(model, latents.shape, context.shape[1], precision, memory)
+        every = recipe.steps if saving is None else saving.every
+        tune = _Tune(
+            model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
+        )
+        for attempted in dict.fromkeys((recompute, "all")):
+            weights = None
+            with host.surviving_out_of_memory():
+                weights = tune.attempt(attempted, saved and saved.state)
+            host.free_memory()  # here, where no traceback holds the network any more
+            if weights is not None:
+                return signed(weights, tune.date)
+            if attempted != "all":
+                # After `restart`, only what this very tune has saved.
+                saved = run.load(tune.saved if saving and saving.restart else None) if run and tune.saved else None
+                start = f"from step {len(reports_of(saved.state))}" if saved else "from the start"
+                tell(f"out of memory; tried again with memory low, {start}")
+        raise MemoryError(
+            "the device ran out of memory even with memory low. Use fewer frames or a smaller size, or "
+            "close what else uses the device; the same graph then runs as usual."
+        )
+
+
+@dataclass
+class _Tune:
+    """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
+
+    Attributes:
+        latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
+        run: where the state is saved after every `save_every` steps; None saves nothing.
+        saved, last_save: the step whose state this tune has on disk, and the last one that should be.
+        date: of the state of `last_save`, where it was saved.
+    """
+
+    model: host.ModelPatcher
+    latent: Mapping[str, Any]
+    latents: Tensor
+    context: Tensor
+    sigmas: Tensor
+    recipe: Recipe
+    precision: str
+    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
+    run: runs.Run | None
+    save_every: int
+    validation: Validation | None
+    on_step: Callable[[Step], None]
+    tell: Callable[[str], None]
+    saved: int = 0
+    last_save: int = 0
+    date: str = ""
+
+    def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
+        """Train to the end, from the start or from `state`, which is used up by this."""
+        frames = self.latents.shape[0]
+        network = TrainingUNet(self.model, frames, self.precision, recompute)
+        network.fix_text(self.context)
+        draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        training = Training(network.trainable, self.recipe, draws)
+        if state is not None:
+            training.restore(state)
+            state.clear()  # a gigabyte
+        self.saved = self.last_save = len(training.reports)
+        count = sum(parameter.numel() for parameter in network.trainable.values())
+        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+        text = self.context.expand(frames, -1, -1)
+
+        def after_step(step: Step) -> None:
+            self.on_step(step)
+            if step.number % self.save_every == 0:
+                self.save(training)
+            if self.validation is not None and step.number % self.validation.every == 0:
+                self.validate(training, self.validation)
+            host.stop_if_interrupted()
+
+        try:
+            training.run(
+                lambda noisy, timestep: network(noisy, timestep, text),
+                self.latents,
+                self.sigmas,
+                host.prediction_type_of(self.model),
+                after_step,
+            )
+            return self.result(training)
+        except FloatingPointError as error:
+            self.save(training)
+            kept = f"The state of step {self.saved} stays saved: set steps to {self.saved} to use it."
+            raise FloatingPointError(f"{error} {kept if self.saved else 'Nothing of it is saved.'}") from None
+        finally:
+            self.save(training)  # at the end, at Cancel and at an error alike
+
+    def save(self, training: Training) -> None:
+        """Save the state, if there is a new and whole one. That it cannot be is told, and does not stop the tune."""
+        step = len(training.reports)
+        if self.run is None or step == self.last_save or not training.whole:
+            return
+        self.last_save, self.date = step, ""
+        try:
+            self.date = self.run.save(training.state(), step)
+            self.saved = step
+        except (OSError, ValueError) as error:
+            older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
+            self.tell(f"step {step} could not be saved ({error}); {older}")
+
+    def validate(self, training: Training, validation: Validation) -> None:
+        """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
+        step, pictures = len(training.reports), None
+        with host.surviving_out_of_memory():
+            pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
+        host.unload(self.model.load_device)
+        if pictures is None:
+            self.validation = None
+            self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
+        else:
+            validation.show(step, pictures)
+
+    def result(self, training: Training) -> TunedWeights:
+        """What was learned so far."""
+        trained = {name: parameter.detach() for name, parameter in training.trainable.items()}
+        return _result(self.model, trained, training.reports, self.recipe, self.latents.shape)
+
+
+def _sample_edit(
+    model: host.ModelPatcher, latent: Mapping[str, Any], weights: TunedWeights, validation: Validation
+) -> list[Any]:
+    """Invert the clip and sample the edit with these weights, as the nodes do; rough pictures of its frames."""
+    with torch.inference_mode():
+        tuned = apply_weights(model, weights)
+        negative = validation.negative
+        if negative is None:
+            negative = [[torch.zeros_like(validation.positive[0][0]), {}]]
+
+        def silent(*_args: Any) -> None: ...
+
+        inverted, _noise, _sigmas = invert(tuned, latent, negative, VALIDATION_STEPS, silent)
+        video = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
+        return host.pictures_of(model, video["samples"])
+
+
+def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> str:
+    """What to recompute, from an estimate and the host's free memory. See `memory.plan`."""
+
+    def estimate(recompute: str) -> memories.Estimate:
+        return estimate_step(model, shape, tokens, precision, recompute)
+
+    frames, _channels, height, width = shape
+    try:
+        return memories.plan(
+            mode,
+            estimate,
+            host.free_bytes(model.load_device),
+            frames,
+            host.LATENT_PIXELS * width,
+            host.LATENT_PIXELS * height,
+        )
+    except RuntimeError as error:  # fake tensors do not know every build of torch: no reason not to tune
+        log.warning("Tune-A-Video: memory could not be estimated (%s)", error)
+        return "nothing" if mode == "fast" else "all"
+
+
+def _run_key(
+    model: host.ModelPatcher,
+    identity: str,
+    latents: Tensor,
+    context: Tensor,
+    sigmas: Tensor,
+    recipe: Recipe,
+    precision: str,
+) -> str:
+    """What determines a tune's result beside its number of steps, as a digest.
+
+    What is recomputed is left out: the result is the same.
+    """
+    unet, inflation = host.unet_of(model), host.inflation_of(model)
+    return digest(
+        {
+            "method": METHOD_VERSION,
+            "model": identity,
+            "config": repr(sorted(model.model.model_config.unet_config.items())),
+            "heads": {name: block.n_heads for name, block in host.parts_of(unet).blocks.items()},
+            "temporal": inflation.temporal.named(),
+            "group_norm": inflation.group_norm,
+            "latents": latents,
+            "context": context,
+            "sigmas": sigmas,
+            "prediction_type": host.prediction_type_of(model),
+            "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
+            "precision": precision,
+        }
+    )
+
+
+def _result(
+    model: host.ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
+) -> TunedWeights:
+    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'.
+
+    Raises FloatingPointError when they hold values that are not finite.
+    """
+    if names := not_finite(trained):
+        raise FloatingPointError(
+            f"{names[0]} became NaN or infinite by step {len(reports)}, so there is no result. Lower learning_rate, or "
+            "set precision to fp32."
+        )
+    inflation = host.inflation_of(model)
+    base = host.effective_weights(model, model.load_device, trains)
+    frames, _channels, height, width = shape
+    return TunedWeights(
+        queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
+        temporal={
+            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in inflation.temporal.named().items()
+        },
+        frames=frames,
+        group_norm=inflation.group_norm,
+        losses=[report.loss for report in reports],
+        base_family=host.family_of(model),
+        size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
+        recipe=recipe,
+    )

@@ -1,0 +1,1 @@
+"""Values that outlive a run, and their files."""
