@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
+from av.error import FFmpegError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -236,7 +237,7 @@ def main() -> None:
         videos, seconds = run(comfy, prompt)
     except (Stopped, Refused) as error:
         sys.exit(f"run.py: error: {error}")
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         sys.exit(f"run.py: error: {args.video} cannot be read as a video ({error}): name an mp4, webm or mov file.")
     figures = measure_own(videos) if args.video else measure_demo(prompt, videos)
     psnr = measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures)

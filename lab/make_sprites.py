@@ -1,6 +1,6 @@
 """Make sprites.png from Noto Color Emoji (Debian: fonts-noto-color-emoji). Run once; the result is committed.
 
-python -m demo.make_sprites [FONT.ttf]
+python -m lab.make_sprites [FONT.ttf]
 """
 
 import sys
@@ -17,7 +17,7 @@ def sprite(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     """One emoji, cropped to what is visible and fitted into a square of CELL pixels, centred."""
     canvas = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(canvas).text((8, 8), character, font=font, embedded_color=True)
-    canvas = canvas.crop(canvas.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
+    canvas = canvas.crop(canvas.getchannel("A").point([0] * 33 + [255] * 223).getbbox())
     scale = CELL / max(canvas.size)
     canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)), Image.Resampling.LANCZOS)
     cell = Image.new("RGBA", (CELL, CELL))

@@ -70,7 +70,8 @@ def encode_text(text: CLIPTextModel, tokens: Tensor) -> Tensor:
     model = text.text_model
     x = model.embeddings(tokens)
     mask = torch.full((tokens.shape[1],) * 2, float("-inf"), device=x.device).triu(1)
-    for layer in model.encoder.layers:
+    layers: Any = model.encoder.layers
+    for layer in layers:
         x = x + layer.self_attn(layer.layer_norm1(x), mask, attention_basic)
         x = x + layer.mlp(layer.layer_norm2(x))
     return model.final_layer_norm(x)
@@ -94,7 +95,8 @@ DIFFERENTIABLE = {"optimized_attention_override": _plain_attention}
 def _default_weights(module: nn.Module) -> None:
     """torch's own initial weights, which the host's layers leave out."""
     for layer in module.modules():
-        for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding):
+        kinds: Any = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+        for kind in kinds:
             if isinstance(layer, kind):
                 kind.reset_parameters(layer)
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+# torch does not export its operations on lists of tensors by name, and its optimizers use no others.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal (Jordan et al., 2024), as large as Adam's (Liu et al., 2025).

@@ -142,7 +142,8 @@ class Training:
     def update_average(self) -> None:
         # Early averages are short, so that the random start is soon forgotten.
         weight = max(1 / self.stage.average, 9 / (9 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], weight)
+        for average, parameter in zip(self.average.values(), self.model.parameters(), strict=True):
+            average.lerp_(parameter.detach(), weight)
 
     def with_average(self, show: Callable[[], Any]) -> None:
         """Call `show` while the model has its averaged weights."""
@@ -196,10 +197,15 @@ def autocast() -> torch.autocast:
 # --- autoencoder ----------------------------------------------------------------------------------------------------
 
 
+def on_device(network: Any) -> Any:
+    """The network where it trains, in the layout in which convolutions are fastest."""
+    return network.to(DEVICE, memory_format=torch.channels_last)
+
+
 def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
     """Train on random quarters of pictures; then scale latents to unit variance in SD's latent format."""
     torch.manual_seed(0)
-    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
+    vae = on_device(networks.new_vae())
     training = Training(vae, stage, out / "autoencoder.pt", deadline)
     pool = pictures(0, stage.pictures)
     held_out = unit(pictures(0, 32, HELD_OUT))
@@ -265,7 +271,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def train_classifier(stage: Stage, out: Path, deadline: float) -> None:
     """Train on rendered pictures, made worse at random, and write it with its accuracy on pictures never seen."""
     torch.manual_seed(2)
-    network = classifier.Classifier().to(DEVICE).to(memory_format=torch.channels_last)
+    network = on_device(classifier.Classifier())
     training = Training(network, stage, out / "classifier.pt", deadline)
     pool, truth = pictures(0, stage.pictures), truths(0, stage.pictures, 0)
     held_out, held_out_truth = pictures(0, 1000, HELD_OUT), truths(0, 1000, HELD_OUT)
@@ -335,7 +341,7 @@ def train_on_captions(
         colourless: share of captions that leave the object's colour open.
         start: the model to go on from; None starts from nothing.
     """
-    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
+    vae = on_device(networks.new_vae())
     vae.load_state_dict(torch.load(out / "vae.pt", map_location=DEVICE, weights_only=True))
     latents = encoded(vae, stage.pictures, out / "latents", 0)
     held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT)

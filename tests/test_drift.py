@@ -175,7 +175,8 @@ def test_what_a_changed_host_registers_is_what_it_always_was(monkeypatch, reload
         for description in (mine, info):
             description.pop("python_module")
             for entries in description["input"].values():  # lists of files: empty, for the host is not asked
-                entries.pop("published", None), entries.pop("file", None)
+                for name in ("published", "file"):
+                    entries.pop(name, None)
         assert mine == info
 
 

@@ -289,7 +289,7 @@ sys.path[:0] = [sys.argv[1], *sys.argv[2].split(":")]
 from pack import load_pack
 load_pack()
 from tune_a_video.tav_core.pictures.load_clip import Wanted, load_clip
-from tune_a_video.tav_core.video import File
+from tune_a_video.tav_core.pictures.video import File
 
 def peak():
     return int(next(line for line in open("/proc/self/status", encoding="utf-8") if "VmHWM" in line).split()[1])

@@ -1,6 +1,6 @@
 """Load this pack outside a running ComfyUI, the way the host does: under a package name, with relative imports.
 
-As a program, `pack.py MODULE …` runs one of its modules, such as `demo.train`, with the arguments that follow.
+As a program, `pack.py MODULE …` runs one of its modules, such as `lab.train`, with the arguments that follow.
 """
 
 import importlib.util
