@@ -187,9 +187,7 @@ class Pack:
         """Encode, tune, invert and sample; nothing is saved."""
         latent, nothing = self.encode(), lambda *_args: None
         with torch.inference_mode():
-            weights = one_shot_tune(
-                self.model, latent, self.cond, Recipe(tuning), "auto", "nothing", nothing, memory="auto"
-            )
+            weights = one_shot_tune(self.model, latent, self.cond, Recipe(tuning), "auto", "auto", nothing)
             tuned = apply_weights(self.model, weights)
             inverted, _noise, _sigmas = editing.invert(tuned, latent, self.uncond, ddim_steps, nothing)
             editing.sample_video(tuned, inverted, self.cond, self.uncond, ddim_steps, CFG, nothing)

@@ -68,12 +68,6 @@ class OneShotTune(io.ComfyNode):
                     tooltip="bf16 halves memory and time on cards that have it; auto chooses. What trains stays fp32.",
                 ),
                 advanced(
-                    io.Boolean,
-                    "gradient_checkpointing",
-                    default=False,
-                    tooltip="On: always (as memory low). Much less memory, a third more time, the same result.",
-                ),
-                advanced(
                     io.Float,
                     "weight_decay",
                     default=1e-2,
@@ -159,7 +153,6 @@ class OneShotTune(io.ComfyNode):
         learning_rate,
         seed,
         precision,
-        gradient_checkpointing,
         weight_decay,
         max_grad_norm,
         reuse="auto",
@@ -216,10 +209,9 @@ class OneShotTune(io.ComfyNode):
             caption,
             recipe,
             precision,
-            "nothing",
+            memory,
             on_step,
             saving=Saving(runs_folder(), save_every, reuse == "restart"),
-            memory="low" if gradient_checkpointing else memory,
             validation=validation,
             tell=tell,
         )

@@ -23,12 +23,11 @@ DEFAULTS = {
     "learning_rate": 5e-4,
     "seed": 7,
     "precision": "fp32",
-    "gradient_checkpointing": False,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
 }
 EQUAL = [  # to the defaults, to the bit
-    {"gradient_checkpointing": True},
+    {},
     {"memory": "low"},
     {"memory": "fast"},
     {"reuse": "restart"},

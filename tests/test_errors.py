@@ -30,7 +30,7 @@ def no_work(monkeypatch):
 def tune(inflated, clip, prompts):
     def run(**inputs):
         defaults = {"model": inflated, "latents": clip, "caption": prompts[1], "steps": 1, "learning_rate": 1e-5}
-        defaults |= {"seed": 0, "precision": "fp32", "gradient_checkpointing": True}
+        defaults |= {"seed": 0, "precision": "fp32"}
         return OneShotTune.execute(**{**defaults, "weight_decay": 0.01, "max_grad_norm": 1.0, **inputs})
 
     return run

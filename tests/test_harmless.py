@@ -36,7 +36,6 @@ OURS = {
         learning_rate=1e-3,
         seed=1,
         precision="fp32",
-        gradient_checkpointing=False,
         weight_decay=0.01,
         max_grad_norm=1.0,
     ),

@@ -49,7 +49,7 @@ def measured_peak(model, shape, caption, precision, recompute):
 )
 def test_the_estimate_is_what_a_tune_takes(make_model, prompts, config, shape, precision, recompute):
     model = host.inflate(make_model(**config), "video")
-    estimate = estimate_step(model, torch.Size(shape), 7, precision, recompute)
+    estimate = estimate_step(host.video_of(model), torch.Size(shape), 7, precision, recompute)
     peak = measured_peak(model, shape, prompts[0], precision, recompute)
     assert estimate.total == pytest.approx(peak, rel=0.15)
 
@@ -63,7 +63,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a
 def test_the_estimate_is_what_a_tune_takes_on_a_gpu(make_model, prompts, precision, recompute):
     model = host.inflate(make_model(**MID), "video")
     shape = (16, 4, 64, 64)  # large beside what the allocator rounds
-    estimate = estimate_step(model, torch.Size(shape), 7, precision, recompute)
+    estimate = estimate_step(host.video_of(model), torch.Size(shape), 7, precision, recompute)
     assert estimate.total == pytest.approx(measured_peak(model, shape, prompts[0], precision, recompute), rel=0.15)
 
 
@@ -79,7 +79,7 @@ def test_stable_diffusion_1_takes_less_than_8_gib(request):
         )
     host.load(model)
     shape, text = (24, 4, 64, 64), [[torch.randn(1, 77, 768), {}]]
-    estimate = estimate_step(model, torch.Size(shape), 77, "bf16", "all")
+    estimate = estimate_step(host.video_of(model), torch.Size(shape), 77, "bf16", "all")
     peak = measured_peak(model, shape, text, "bf16", "all")
     print(f"peak {peak / GIB:.2f} GiB; estimate {estimate}")
     assert peak < 8 * GIB
@@ -100,7 +100,8 @@ def test_stable_diffusion_1_on_an_8_gib_card(full_size, monkeypatch):
     """By the estimate only: 24 frames of 512x512 in low, as on a GPU."""
     monkeypatch.setattr(full_size, "load_device", torch.device("cuda"))
     fast, pointwise, linear, low = (
-        estimate_step(full_size, torch.Size((24, 4, 64, 64)), 77, "bf16", recompute) for recompute in RECOMPUTE
+        estimate_step(host.video_of(full_size), torch.Size((24, 4, 64, 64)), 77, "bf16", recompute)
+        for recompute in RECOMPUTE
     )
     assert low.total * memory.HEADROOM < 8 * GIB
     assert low.total < linear.total < 0.6 * pointwise.total < 0.4 * fast.total
@@ -149,7 +150,7 @@ def test_the_advice_is_true(inflated):
     """What the error advises does fit."""
 
     def estimate(frames, side):
-        return lambda way: estimate_step(inflated, torch.Size((frames, 4, side, side)), 7, "fp32", way)
+        return lambda way: estimate_step(host.video_of(inflated), torch.Size((frames, 4, side, side)), 7, "fp32", way)
 
     free = int(0.6 * estimate(16, 32)("all").total)
     with pytest.raises(MemoryError) as error:
@@ -164,7 +165,7 @@ def test_the_host_is_asked_before_step_1(inflated, clip, prompts, monkeypatch, u
     monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_args: 10_000)
     seen = []
     with unchanged(inflated), torch.inference_mode(), pytest.raises(MemoryError, match="5 frames of 64x64"):
-        one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", "nothing", seen.append, memory="auto")
+        one_shot_tune(inflated, clip, prompts[1], Recipe(2), "fp32", "auto", seen.append)
     assert not seen
 
 
@@ -181,22 +182,22 @@ def test_the_hosts_models_make_room_before_the_network_is_built(inflated, clip, 
     for module, name in ((host, "unload"), (host, "free_bytes"), (one_shot, "TrainingUNet")):
         monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
     with torch.inference_mode():
-        one_shot_tune(inflated, clip, prompts[1], Recipe(1), "fp32", "nothing", print, memory="auto")
+        one_shot_tune(inflated, clip, prompts[1], Recipe(1), "fp32", "auto", print)
     assert order == ["unload", "free_bytes", "TrainingUNet"]
 
 
-def test_one_bf16_copy_of_what_is_frozen_and_text_projected_once(inflated, clip, prompts):
+def test_one_bf16_copy_of_what_is_frozen_and_text_projected_once(inflated, clip, prompts, monkeypatch):
     frames = len(clip["samples"])
-    network = TrainingUNet(inflated, frames, "bf16", "nothing")
+    video, (text, noisy) = host.video_of(inflated), (prompts[1][0][0], clip["samples"])
+    network = TrainingUNet(video, frames, "bf16", "nothing", text)
     matrices = {name: p for name, p in network.unet.named_parameters() if p.ndim > 1}
     assert {p.dtype for name, p in matrices.items() if name not in network.trainable} == {torch.bfloat16}
     assert {p.dtype for p in network.trainable.values()} == {torch.float32}
-    text, noisy = prompts[1][0][0], clip["samples"]
     with torch.no_grad():
-        network.fix_text(text)
         assert not any(".attn2.to_k" in name or ".attn2.to_v" in name for name, _ in network.unet.named_parameters())
-        fixed = network(noisy, 500, text.expand(frames, -1, -1))
-        whole = TrainingUNet(inflated, frames, "bf16", "nothing")(noisy, 500, text.expand(frames, -1, -1))
+        fixed = network(noisy, 500)
+        monkeypatch.setattr(TrainingUNet, "fix_text", lambda self, context: setattr(self, "context", context))
+        whole = TrainingUNet(video, frames, "bf16", "nothing", text)(noisy, 500)
     assert torch.equal(fixed, whole)
 
 
@@ -208,8 +209,8 @@ def out_of_memory(monkeypatch):
 
     def at(fast, low=(), error=(torch.cuda.OutOfMemoryError, "injected")):
         class Scarce(TrainingUNet):
-            def __init__(self, model, frames, precision, recompute, blank=False):
-                super().__init__(model, frames, precision, recompute, blank)
+            def __init__(self, video, frames, precision, recompute, context):
+                super().__init__(video, frames, precision, recompute, context)
                 assert not any(alive() for alive in networks)  # the one that failed takes no memory any more
                 networks.append(weakref.ref(self.unet))
                 self.failing, self.calls = fast if recompute == "nothing" else low, 0
@@ -225,7 +226,7 @@ def out_of_memory(monkeypatch):
     return at
 
 
-def tune(model, clip, prompts, told, saving=None, memory=None, on_step=lambda _step: None):
+def tune(model, clip, prompts, told, saving=None, memory="nothing", on_step=lambda _step: None):
     with torch.inference_mode():
         return one_shot_tune(
             model,
@@ -233,10 +234,9 @@ def tune(model, clip, prompts, told, saving=None, memory=None, on_step=lambda _s
             prompts[1],
             Recipe(4),
             "fp32",
-            "nothing",
+            memory,
             on_step,
             saving=saving,
-            memory=memory,
             tell=told.append,
         )
 

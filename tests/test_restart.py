@@ -28,7 +28,6 @@ def graph(steps=STEPS):
             learning_rate=1e-4,
             seed=1,
             precision="fp32",
-            gradient_checkpointing=False,
             weight_decay=0.01,
             max_grad_norm=1.0,
             save_every=2,

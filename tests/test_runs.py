@@ -437,7 +437,7 @@ def node(inflated, clip, prompts, monkeypatch):
     """One-Shot Tune: its result, its text and the pictures that it showed, in that order."""
 
     def run(**inputs):
-        values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
+        values = {"steps": 2, "learning_rate": 1e-4, "seed": 0, "precision": "fp32"}
         values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "caption": prompts[1], "latents": clip}
         pictures = []
         with monkeypatch.context() as patch, torch.inference_mode():

@@ -368,7 +368,6 @@ def test_tune_with_any_inputs(data, models):
             data.draw(mostly(1e-3, numbers, 12)),
             data.draw(mostly(33, st.integers(), 12)),
             data.draw(st.sampled_from(["auto", "fp32", "bf16"])),
-            data.draw(st.booleans()),
             data.draw(mostly(0.01, numbers, 12)),
             data.draw(mostly(1.0, numbers, 12)),
             data.draw(st.sampled_from(["auto", "restart"])),

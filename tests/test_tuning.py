@@ -85,7 +85,10 @@ def test_gradients_by_finite_differences(make_model, prediction_type, linear, re
     layers = TemporalLayers(host.parts_of(host.unet_of(model)))
     generator = torch.Generator().manual_seed(4)
     layers.assign({name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in layers.named().items()})
-    network = TrainingUNet(host.with_inflation(model, host.Inflation(layers, "video")), 3, "fp32", recompute)
+    context = torch.randn(3, 7, 16, generator=generator)
+    video = host.video_of(host.with_inflation(model, host.Inflation(layers, "video")))
+    network = TrainingUNet(video, 3, "fp32", recompute, context)
+    network.context = context.double()
     network.unet.double()
     network.unet.dtype = torch.float64
     network.temporal.double()
@@ -94,11 +97,10 @@ def test_gradients_by_finite_differences(make_model, prediction_type, linear, re
         **{name: p for name, p in network.temporal.named().items() if p.requires_grad},
     }
     x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
-    context = torch.randn(3, 7, 16, generator=generator, dtype=torch.float64)
     noisy, target = tuning.diffuse(x, noise, 1.5, prediction_type)
 
     def loss():
-        return ((network(noisy, 500, context) - target) ** 2).mean()
+        return ((network(noisy, 500) - target) ** 2).mean()
 
     loss().backward()
     for name in sorted(trainable)[::3]:

@@ -118,7 +118,7 @@ def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, mo
     pictures = []
     monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: 1.0))  # the second step comes at once
     monkeypatch.setattr(host, "progress", lambda _steps: lambda _done, picture=None: pictures.append(picture))
-    values = {"steps": 3, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": True}
+    values = {"steps": 3, "learning_rate": 1e-4, "seed": 0, "precision": "fp32"}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 2}
     with torch.inference_mode():
         OneShotTune.execute(inflated, clip, prompts[1], **values)
@@ -135,7 +135,7 @@ def test_the_node_shows_every_frame_of_a_preview_in_turn(inflated, clip, prompts
     seconds = count(step=3.0)
     monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     monkeypatch.setattr(tune_node, "curve_with_edit", lambda _losses, _steps, frame, _label: shown.append(frame))
-    values = {"steps": 12, "learning_rate": 1e-4, "seed": 0, "precision": "fp32", "gradient_checkpointing": False}
+    values = {"steps": 12, "learning_rate": 1e-4, "seed": 0, "precision": "fp32"}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 6}
     with torch.inference_mode():
         OneShotTune.execute(inflated, clip, prompts[1], **values)

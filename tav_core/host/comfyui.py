@@ -122,6 +122,16 @@ def sampling_of(model: ModelPatcher) -> Any:
     return model.get_model_object("model_sampling")
 
 
+def latents_of(model: ModelPatcher, samples: Tensor) -> Tensor:
+    """LATENT samples in the scale of the model."""
+    return model.model.process_latent_in(samples)
+
+
+def config_of(model: ModelPatcher) -> dict[str, Any]:
+    """The configuration of the model's UNet, as `UNetModel` takes it."""
+    return model.model.model_config.unet_config
+
+
 def prediction_type_of(model: ModelPatcher) -> PredictionType:
     """What the network predicts. Raises ValueError when neither noise nor velocity on a discrete schedule."""
     sampling = sampling_of(model)
@@ -150,7 +160,7 @@ def own_names(model: ModelPatcher) -> dict[str, str]:
     Raises ValueError when it has one that published models do not.
     """
     own = shapes_of(model).keys()
-    names = published_names(model.model.model_config.unet_config)
+    names = published_names(config_of(model))
     names = {theirs: ours for theirs, ours in names.items() if ours in own}
     if missing := own - set(names.values()):
         raise ValueError(
@@ -168,7 +178,7 @@ def shapes_of(model: ModelPatcher) -> dict[str, torch.Size]:
 
 def family_of(model: ModelPatcher) -> str:
     """What weights must share to fit each other, in words: the architecture and what the network predicts."""
-    config = model.model.model_config.unet_config
+    config = config_of(model)
     channels, context = config["model_channels"], config["context_dim"]
     names = {(320, 768): "Stable Diffusion 1.x", (320, 1024): "Stable Diffusion 2.x"}
     name = names.get((channels, context), f"a UNet of {channels} channels and text width {context}")
@@ -440,7 +450,7 @@ def pictures_of(model: ModelPatcher, samples: Tensor) -> list[Any]:
     previewer: Any = latent_preview.get_previewer(model.load_device, latent_format)
     if previewer is None:  # the user has switched previews of sampling off, but asked for these
         previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
-    x0 = model.model.process_latent_in(samples).to(model.load_device)
+    x0 = latents_of(model, samples).to(model.load_device)
     return [previewer.decode_latent_to_preview(frame[None]) for frame in x0]
 
 

@@ -13,8 +13,21 @@ import torch
 from torch import Tensor
 
 from ..method.attention import SparseCausal, wide_heads
-from ..method.inflation import TemporalLayers, inflated, is_inflated
-from .comfyui import KEY, UNET, ModelPatcher, comfy, others_on, parts_of, prediction_type_of, unet_of
+from ..method.inflation import TemporalLayers, UNetParts, inflated, is_inflated
+from ..method.tuning import PredictionType
+from .comfyui import (
+    KEY,
+    UNET,
+    ModelPatcher,
+    UNetModel,
+    comfy,
+    latents_of,
+    model_sigmas,
+    others_on,
+    parts_of,
+    prediction_type_of,
+    unet_of,
+)
 
 OVERRIDE = "optimized_attention_override"  # the host's transformer option
 
@@ -32,6 +45,50 @@ class Inflation:
     temporal: TemporalLayers
     group_norm: str
     frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Video:
+    """An inflated MODEL with all that is asked of it on the way, asked once (`video_of`).
+
+    Attributes:
+        patcher: the MODEL.
+        unet, parts: its UNet, shared with other MODELs, and where to attach in it.
+        sigmas: noise level at each training timestep, ascending, float32 on the CPU, [T].
+    """
+
+    patcher: ModelPatcher
+    unet: UNetModel
+    parts: UNetParts
+    inflation: Inflation
+    prediction_type: PredictionType
+    sigmas: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.patcher.load_device
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Attention heads of every transformer block."""
+        return {name: block.n_heads for name, block in self.parts.blocks.items()}
+
+    @property
+    def text_width(self) -> int:
+        return next(iter(self.parts.blocks.values())).attn2.to_k.in_features
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """LATENT samples in the scale of the model."""
+        return latents_of(self.patcher, samples)
+
+
+def video_of(model: ModelPatcher) -> Video:
+    """An inflated MODEL as a value. Raises ValueError when it is not inflated, or cannot be a video model."""
+    unet = unet_of(model)
+    inflation = inflation_of(model)
+    sigmas = model_sigmas(model).detach().clone().cpu().float()
+    return Video(model, unet, parts_of(unet), inflation, prediction_type_of(model), sigmas)
 
 
 def inflation_of(model: ModelPatcher) -> Inflation:

@@ -18,14 +18,13 @@ NEUTRAL = {"strength": 1, "start_percent": 0, "end_percent": 1, "clip_start_perc
 
 def check_inputs(
     model: host.ModelPatcher, latent: Mapping[str, Any], min_frames: int = 1, **prompts: host.Conditioning
-) -> Tensor:
-    """The clip's latents [f, c, h, w], after all that can be checked before long work begins was checked.
+) -> tuple[host.Video, Tensor]:
+    """The video model and the clip's latents [f, c, h, w], after all was checked that can be before long work begins.
 
     Raises ValueError saying what is wrong, what was expected and what to do.
     """
-    unet = host.unet_of(model)
-    inflation = host.inflation_of(model)
-    host.prediction_type_of(model)
+    video = host.video_of(model)
+    unet, inflation = video.unet, video.inflation
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or samples.ndim != 4:
         raise ValueError(
@@ -63,8 +62,8 @@ def check_inputs(
             "it was tuned on, or tune on this one."
         )
     for name, conditioning in prompts.items():
-        _check_conditioning(name, conditioning, unet, frames)
-    return samples
+        _check_conditioning(name, conditioning, video.text_width, frames)
+    return video, samples
 
 
 def _check_mask(mask: Tensor | None, frames: int) -> None:
@@ -76,10 +75,9 @@ def _check_mask(mask: Tensor | None, frames: int) -> None:
         )
 
 
-def _check_conditioning(name: str, conditioning: host.Conditioning, unet: host.UNetModel, frames: int) -> None:
+def _check_conditioning(name: str, conditioning: host.Conditioning, width: int, frames: int) -> None:
     if not conditioning:
         raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
-    width = next(block.attn2.to_k.in_features for block in host.parts_of(unet).blocks.values())
     for entry in conditioning:
         if entry[0].ndim != 3 or not entry[0].shape[1]:
             raise ValueError(

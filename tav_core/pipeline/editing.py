@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def invert(
     The LATENT is in sigma space, as the host's own samplers leave unfinished latents. It keeps a mask that the clip
     has, and carries how and of what it was made. The sigmas descend to 0. A mask takes no part in the inversion.
     """
-    samples = check_inputs(model, latent, prompt=prompt)
-    sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps)
+    video, samples = check_inputs(model, latent, prompt=prompt)
+    sigmas = ddim.ddim_sigmas(video.sigmas, steps)
     out = host.run_sampler(
         host.unguided(model, prompt), samples, sigmas, callback or host.preview_callback(model, steps)
     )
@@ -47,9 +48,9 @@ def sample_video(
 
     Outside of a mask in `latent`, the clip stays as it was.
     """
-    samples = check_inputs(model, latent, positive=positive, negative=negative)
-    sigmas = ddim.ddim_sigmas(host.model_sigmas(model), steps).flip(0)
-    _check_inverted(model, latent, steps, float(sigmas[0]))
+    video, samples = check_inputs(model, latent, positive=positive, negative=negative)
+    sigmas = ddim.ddim_sigmas(video.sigmas, steps).flip(0)
+    _check_inverted(video, latent, steps, float(sigmas[0]))
     noise, mask = None, latent.get("noise_mask")
     if mask is not None:
         clip = {"samples": latent[host.KEY]["clip"]}
@@ -59,7 +60,7 @@ def sample_video(
     return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
 
 
-def _check_inverted(model: host.ModelPatcher, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
+def _check_inverted(video: host.Video, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
     made = latent.get(host.KEY)
     if latent.get("noise_mask") is not None and (made is None or not torch.equal(made["inverted"], latent["samples"])):
         raise ValueError(
@@ -67,7 +68,7 @@ def _check_inverted(model: host.ModelPatcher, latent: Mapping[str, Any], steps: 
             "Invert, or were changed since. Connect DDIM Invert, or take the mask off the latents."
         )
     if made is None:  # noise of another origin, or what a user took for it
-        spread = float(model.model.process_latent_in(latent["samples"]).float().std())
+        spread = float(video.latents(latent["samples"]).float().std())
         if spread < sigma / 2:
             raise ValueError(
                 f"these latents are not noise (their standard deviation is {spread:.1f}, {steps} steps start at "
@@ -107,7 +108,7 @@ class InvertedNoise:
         sampling = host.sampling_of(self.model)
         at_top = abs(self.sigma / float(sampling.sigma_max) - 1) < 1e-5
         unit = sampling.noise_scaling(torch.tensor(self.sigma), torch.ones(1), torch.zeros(1), at_top)
-        process_in = self.model.model.process_latent_in
+        process_in = partial(host.latents_of, self.model)
         # The host leaves an all-zero latent image as it is.
         start = process_in(image) if torch.count_nonzero(image) else image
         return (process_in(self.inverted) - start.to(self.inverted)) / unit.to(self.inverted)

@@ -131,7 +131,7 @@ def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: st
         write_published(model, weights, folder)
 
     name = _write_new(weights, prefix, "", write)
-    if not published.regular(model.model.model_config.unet_config):
+    if not published.regular(host.config_of(model)):
         log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
     if weights.group_norm != "video":
         log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
@@ -143,6 +143,6 @@ def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Pat
     apply_weights(model, weights)  # for its checks of names and shapes
     names = host.own_names(model)
     heads = {name: block.n_heads for name, block in host.parts_of(host.unet_of(model)).blocks.items()}
-    config = published.config_of(model.model.model_config.unet_config, heads, names)
+    config = published.config_of(host.config_of(model), heads, names)
     tensors = published.from_weights(weights, names, host.effective_weights(model, torch.device("cpu")))
     published.write(folder, config, tensors)

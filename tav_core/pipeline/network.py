@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import host
-from ..method import memory as memories
+from ..method import memory
 from ..method.attention import sdpa, wide_heads
 from ..method.inflation import TemporalLayers, attach, checkpoint_stages
 from ..method.tuning import trains
@@ -30,9 +30,11 @@ class PlainOps:
 class _Fixed(nn.Module):
     """In place of a projection whose input never changes: its output, [1 or f, tokens, width]."""
 
+    output: Tensor
+
     def __init__(self, output: Tensor):
         super().__init__()
-        self.output = output
+        self.register_buffer("output", output, persistent=False)
 
     def forward(self, context: Tensor) -> Tensor:
         return self.output.expand(context.shape[0], -1, -1)
@@ -48,21 +50,21 @@ class TrainingUNet:
         frames: f of every batch.
         precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
         recompute: in the backward pass (`inflation.checkpoint_stages`).
-        blank: have no values, on the meta device, for `memory.estimate`.
+        context: the text, [1 or f, tokens, width]; None leaves the network without values, on the meta device, for
+            `memory.estimate`, until `fix_text`.
     """
 
-    def __init__(self, model: host.ModelPatcher, frames: int, precision: str, recompute: str, blank: bool = False):
-        inflation = host.inflation_of(model)
-        host_unet = host.unet_of(model)
-        self.device = torch.device("cpu") if blank else model.load_device
+    def __init__(self, video: host.Video, frames: int, precision: str, recompute: str, context: Tensor | None):
+        model, blank = video.patcher, context is None
+        self.device = torch.device("cpu") if blank else video.device
         mixed = precision == "bf16"
         # Not an autocast that is switched off: a device may not know of one at all.
         self.autocast: Any = partial(torch.autocast, self.device.type, torch.bfloat16) if mixed else nullcontext
         frozen = torch.bfloat16 if mixed else torch.float32
-        config = {**model.model.model_config.unet_config, "dtype": frozen}
+        config = {**host.config_of(model), "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = PlainOps
-        self.unet = type(host_unet)(**config, device="meta", operations=operations)
+        self.unet = type(video.unet)(**config, device="meta", operations=operations)
         plain = self.unet.float().state_dict()
         # A quantised MODEL has scales beside its weights; they are applied to those by then.
         source = plain.items() if blank else host.effective_weights(model, self.device, plain.__contains__)
@@ -72,56 +74,52 @@ class TrainingUNet:
         self.unet.requires_grad_(False).eval()
         parts = host.parts_of(self.unet)
         # The host's UNet may have heads that its configuration cannot express.
-        for name, block in host.parts_of(host_unet).blocks.items():
-            host.set_heads(parts.blocks[name], block.n_heads)
+        for name, heads in video.heads.items():
+            host.set_heads(parts.blocks[name], heads)
 
         self.temporal = TemporalLayers(parts, device="meta" if blank else self.device)
         if not blank:
-            self.temporal.assign(inflation.temporal.named())
+            self.temporal.assign(video.inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        attention = attach(parts, self.temporal, 1, frames, inflation.group_norm, ExitStack())
-        self.attend = partial(attention.attend, wide_heads(sdpa) if model.load_device.type == "cpu" else sdpa)
+        attention = attach(parts, self.temporal, 1, frames, video.inflation.group_norm, ExitStack())
+        self.attend = partial(attention.attend, wide_heads(sdpa) if video.device.type == "cpu" else sdpa)
         checkpoint_stages(parts, recompute)
 
         named = {**dict(self.unet.named_parameters()), **self.temporal.named()}
         self.trainable = {name: parameter for name, parameter in named.items() if trains(name)}
         for parameter in self.trainable.values():
             parameter.requires_grad_()
+        if context is not None:
+            self.fix_text(context)
 
     def fix_text(self, context: Tensor) -> None:
-        """Compute the text's keys and values once, for all steps, and let go of the weights that make them.
-
-        Args:
-            context: [1 or f, tokens, width]; calls must pass its first dimension expanded to f.
-        """
+        """Compute the text's keys and values once, for all steps, and let go of the weights that make them."""
+        self.context = context
         with torch.no_grad(), self.autocast():
             for block in host.parts_of(self.unet).blocks.values():
                 block.attn2.to_k = _Fixed(block.attn2.to_k(context))
                 block.attn2.to_v = _Fixed(block.attn2.to_v(context))
 
-    def __call__(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
-        """Network output [f, c, h, w] for latents of the same shape, with text `context` [f, tokens, width]."""
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Network output [f, c, h, w] for latents of the same shape."""
         options = {
             "cond_or_uncond": [0],
             host.OVERRIDE: lambda _host, *args, **kwargs: self.attend(*args, **kwargs),
         }
         with self.autocast():
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
-            return self.unet(latents, t, context=context, transformer_options=options)
+            text = self.context.expand(latents.shape[0], -1, -1)
+            return self.unet(latents, t, context=text, transformer_options=options)
 
 
-def estimate_step(
-    model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, recompute: str
-) -> memories.Estimate:
+def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: str, recompute: str) -> memory.Estimate:
     """Peak memory of a training step of an inflated model on latents of `shape`, with a caption of `tokens`."""
-    width = next(iter(host.parts_of(host.unet_of(model)).blocks.values())).attn2.to_k.in_features
-    network = TrainingUNet(model, shape[0], precision, recompute, blank=True)
+    network = TrainingUNet(video, shape[0], precision, recompute, None)
 
     def loss() -> Tensor:
-        context = torch.empty(1, tokens, width)
-        network.fix_text(context)
-        return network(torch.empty(shape), 0, context.expand(shape[0], -1, -1)).float().square().mean()
+        network.fix_text(torch.empty(1, tokens, video.text_width))
+        return network(torch.empty(shape), 0).float().square().mean()
 
     with torch.inference_mode(False), torch.enable_grad():
-        return memories.estimate([network.unet, network.temporal], loss, model.load_device.type == "cuda")
+        return memory.estimate([network.unet, network.temporal], loss, video.device.type == "cuda")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..method import memory as memories
+from ..method.inflation import RECOMPUTE
+from ..method.memory import MEMORY, Estimate, plan
 from ..method.tuning import METHOD_VERSION, Draws, Recipe, Step, Training, not_finite, reports_of, trains, weights_of
 from ..store import runs
 from ..store.digest import digest
@@ -73,12 +74,11 @@ def one_shot_tune(
     caption: host.Conditioning,
     recipe: Recipe,
     precision: str,
-    recompute: str,
+    memory: str,
     on_step: Callable[[Step], None],
     draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
     *,
     saving: Saving | None = None,
-    memory: str | None = None,
     validation: Validation | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> TunedWeights:
@@ -88,13 +88,12 @@ def one_shot_tune(
         latent: LATENT of the clip, at least two frames.
         caption: CONDITIONING with one entry.
         precision: "auto", "fp32" or "bf16".
-        recompute: in the backward pass, one of `inflation.RECOMPUTE`: computes the same with less memory, slower.
+        memory: "auto", "fast" or "low" estimates first and decides what the backward pass recomputes (`memory.plan`);
+            one of `inflation.RECOMPUTE` is taken as it is. The result is the same.
         on_step: called after each step, and at once for each step that a saved state holds. The host's interrupt is
             honoured after each step, too.
         draws: makes noise and timesteps, those of `recipe.seed` by default. With others a tune cannot be saved.
         saving: None saves nothing.
-        memory: "auto", "fast" or "low" estimates first and decides what is recomputed (`memory.plan`); None trusts
-            `recompute`.
         validation: None samples nothing.
         tell: called with what the user should know: resumed, reused, not saved, out of memory, what of the model and
             the latents is not used.
@@ -108,20 +107,20 @@ def one_shot_tune(
         prompts["validation_prompt"] = validation.positive
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
-    samples = check_inputs(model, latent, min_frames=2, **prompts)
+    video, samples = check_inputs(model, latent, min_frames=2, **prompts)
     check_caption(caption)
+    if memory not in (*MEMORY, *RECOMPUTE):
+        raise ValueError(f"memory is {memory[:20]!r}; it must be one of {', '.join(MEMORY)}.")
     if unused := host.unused_in_training(model):
         tell(f"not used while it tunes, only when it samples: {', '.join(unused)}")
     if latent.get("noise_mask") is not None:
         tell("the latents' mask is not used: a tune learns whole frames")
-    device = model.load_device
-    precision = host.resolve_precision(precision, device)
+    precision = host.resolve_precision(precision, video.device)
 
     # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
     with torch.inference_mode(False), torch.enable_grad():
-        latents = model.model.process_latent_in(samples.detach().clone()).to(device, torch.float32)
-        context = caption[0][0].detach().clone().to(device, torch.float32)
-        sigmas = host.model_sigmas(model).detach().clone().cpu()
+        latents = video.latents(samples.detach().clone()).to(video.device, torch.float32)
+        context = caption[0][0].detach().clone().to(video.device, torch.float32)
         identity = host.fingerprint(model)
 
         def signed(weights: TunedWeights, date: str) -> TunedWeights:
@@ -130,7 +129,7 @@ def one_shot_tune(
 
         run = saved = None
         if saving is not None:
-            key = _run_key(model, identity, latents, context, sigmas, recipe, precision)
+            key = _run_key(video, identity, latents, context, recipe, precision)
             run = runs.Run(saving.folder, key, recipe.steps)
             saved = None if saving.restart else run.load()
         if saved is not None:
@@ -140,14 +139,11 @@ def one_shot_tune(
             for report in reports:
                 on_step(report)
             if finished:
-                return signed(_result(model, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
-        host.unload(device)
-        if memory is not None:
-            recompute = _plan(model, latents.shape, context.shape[1], precision, memory)
+                return signed(_result(video, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
+        host.unload(video.device)
+        recompute = memory if memory in RECOMPUTE else _plan(video, latents.shape, context.shape[1], precision, memory)
         every = recipe.steps if saving is None else saving.every
-        tune = _Tune(
-            model, latent, latents, context, sigmas, recipe, precision, draws, run, every, validation, on_step, tell
-        )
+        tune = _Tune(video, latent, latents, context, recipe, precision, draws, run, every, validation, on_step, tell)
         for attempted in dict.fromkeys((recompute, "all")):
             weights = None
             with host.surviving_out_of_memory():
@@ -171,17 +167,16 @@ class _Tune:
     """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
 
     Attributes:
-        latents, context, sigmas: in the model's space, float32; the sigmas on the CPU.
+        latents, context: in the model's space, float32.
         run: where the state is saved after every `save_every` steps; None saves nothing.
         saved, last_save: the step whose state this tune has on disk, and the last one that should be.
         date: of the state of `last_save`, where it was saved.
     """
 
-    model: host.ModelPatcher
+    video: host.Video
     latent: Mapping[str, Any]
     latents: Tensor
     context: Tensor
-    sigmas: Tensor
     recipe: Recipe
     precision: str
     draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
@@ -197,9 +192,9 @@ class _Tune:
     def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
         frames = self.latents.shape[0]
-        network = TrainingUNet(self.model, frames, self.precision, recompute)
-        network.fix_text(self.context)
-        draws = Draws(self.latents.shape, len(self.sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        network = TrainingUNet(self.video, frames, self.precision, recompute, self.context)
+        sigmas = self.video.sigmas
+        draws = Draws(self.latents.shape, len(sigmas), self.recipe.seed) if self.draws is None else self.draws()
         training = Training(network.trainable, self.recipe, draws)
         if state is not None:
             training.restore(state)
@@ -207,7 +202,6 @@ class _Tune:
         self.saved = self.last_save = len(training.reports)
         count = sum(parameter.numel() for parameter in network.trainable.values())
         log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
-        text = self.context.expand(frames, -1, -1)
 
         def after_step(step: Step) -> None:
             self.on_step(step)
@@ -218,13 +212,7 @@ class _Tune:
             host.stop_if_interrupted()
 
         try:
-            training.run(
-                lambda noisy, timestep: network(noisy, timestep, text),
-                self.latents,
-                self.sigmas,
-                host.prediction_type_of(self.model),
-                after_step,
-            )
+            training.run(network, self.latents, sigmas, self.video.prediction_type, after_step)
             return self.result(training)
         except FloatingPointError as error:
             self.save(training)
@@ -250,8 +238,8 @@ class _Tune:
         """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
         step, pictures = len(training.reports), None
         with host.surviving_out_of_memory():
-            pictures = _sample_edit(self.model, self.latent, self.result(training), validation)
-        host.unload(self.model.load_device)
+            pictures = _sample_edit(self.video.patcher, self.latent, self.result(training), validation)
+        host.unload(self.video.device)
         if pictures is None:
             self.validation = None
             self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
@@ -261,7 +249,7 @@ class _Tune:
     def result(self, training: Training) -> TunedWeights:
         """What was learned so far."""
         trained = {name: parameter.detach() for name, parameter in training.trainable.items()}
-        return _result(self.model, trained, training.reports, self.recipe, self.latents.shape)
+        return _result(self.video, trained, training.reports, self.recipe, self.latents.shape)
 
 
 def _sample_edit(
@@ -277,22 +265,22 @@ def _sample_edit(
         def silent(*_args: Any) -> None: ...
 
         inverted, _noise, _sigmas = invert(tuned, latent, negative, VALIDATION_STEPS, silent)
-        video = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
-        return host.pictures_of(model, video["samples"])
+        edit = sample_video(tuned, inverted, validation.positive, negative, VALIDATION_STEPS, VALIDATION_CFG, silent)
+        return host.pictures_of(model, edit["samples"])
 
 
-def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: str, mode: str) -> str:
+def _plan(video: host.Video, shape: torch.Size, tokens: int, precision: str, mode: str) -> str:
     """What to recompute, from an estimate and the host's free memory. See `memory.plan`."""
 
-    def estimate(recompute: str) -> memories.Estimate:
-        return estimate_step(model, shape, tokens, precision, recompute)
+    def estimate(recompute: str) -> Estimate:
+        return estimate_step(video, shape, tokens, precision, recompute)
 
     frames, _channels, height, width = shape
     try:
-        return memories.plan(
+        return plan(
             mode,
             estimate,
-            host.free_bytes(model.load_device),
+            host.free_bytes(video.device),
             frames,
             host.LATENT_PIXELS * width,
             host.LATENT_PIXELS * height,
@@ -302,32 +290,23 @@ def _plan(model: host.ModelPatcher, shape: torch.Size, tokens: int, precision: s
         return "nothing" if mode == "fast" else "all"
 
 
-def _run_key(
-    model: host.ModelPatcher,
-    identity: str,
-    latents: Tensor,
-    context: Tensor,
-    sigmas: Tensor,
-    recipe: Recipe,
-    precision: str,
-) -> str:
+def _run_key(video: host.Video, identity: str, latents: Tensor, context: Tensor, recipe: Recipe, precision: str) -> str:
     """What determines a tune's result beside its number of steps, as a digest.
 
     What is recomputed is left out: the result is the same.
     """
-    unet, inflation = host.unet_of(model), host.inflation_of(model)
     return digest(
         {
             "method": METHOD_VERSION,
             "model": identity,
-            "config": repr(sorted(model.model.model_config.unet_config.items())),
-            "heads": {name: block.n_heads for name, block in host.parts_of(unet).blocks.items()},
-            "temporal": inflation.temporal.named(),
-            "group_norm": inflation.group_norm,
+            "config": repr(sorted(host.config_of(video.patcher).items())),
+            "heads": video.heads,
+            "temporal": video.inflation.temporal.named(),
+            "group_norm": video.inflation.group_norm,
             "latents": latents,
             "context": context,
-            "sigmas": sigmas,
-            "prediction_type": host.prediction_type_of(model),
+            "sigmas": video.sigmas,
+            "prediction_type": video.prediction_type,
             "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
             "precision": precision,
         }
@@ -335,9 +314,9 @@ def _run_key(
 
 
 def _result(
-    model: host.ModelPatcher, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
+    video: host.Video, trained: Mapping[str, Tensor], reports: list[Step], recipe: Recipe, shape: torch.Size
 ) -> TunedWeights:
-    """Trained tensors, by name, as what they change in `model`; `shape` is the latents'.
+    """Trained tensors, by name, as what they change in the model; `shape` is the latents'.
 
     Raises FloatingPointError when they hold values that are not finite.
     """
@@ -346,19 +325,18 @@ def _result(
             f"{names[0]} became NaN or infinite by step {len(reports)}, so there is no result. Lower learning_rate, or "
             "set precision to fp32."
         )
-    inflation = host.inflation_of(model)
-    base = host.effective_weights(model, model.load_device, trains)
+    base = host.effective_weights(video.patcher, video.device, trains)
     frames, _channels, height, width = shape
     return TunedWeights(
         queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
         temporal={
             name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
-            for name, tensor in inflation.temporal.named().items()
+            for name, tensor in video.inflation.temporal.named().items()
         },
         frames=frames,
-        group_norm=inflation.group_norm,
+        group_norm=video.inflation.group_norm,
         losses=[report.loss for report in reports],
-        base_family=host.family_of(model),
+        base_family=host.family_of(video.patcher),
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
         recipe=recipe,
     )
