@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..tav_core import clip
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 
 class PrepareClip(io.ComfyNode):
@@ -11,6 +11,7 @@ class PrepareClip(io.ComfyNode):
             node_id="TAVPrepareClip",
             display_name="Prepare Clip",
             category=CATEGORY,
+            **found_by("trim video", "cut video", "pick frames", "crop video", "video frames"),
             description="Picks the frames of one short clip from a video and fits them to the model's size.",
             inputs=[
                 io.Image.Input("frames", tooltip="All frames of the video, from Get Video Components."),
