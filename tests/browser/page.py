@@ -1,5 +1,6 @@
 """ComfyUI's page in a real browser, used as a user uses it."""
 
+import re
 from contextlib import contextmanager
 
 from live_server import NAME, PROJECT
@@ -21,8 +22,8 @@ NODE = "app.graph.nodes.find(node => node.type === kind && (!title || node.title
 class Workspace:
     """One open page of a server."""
 
-    def __init__(self, page, server):
-        self.page, self.server = page, server
+    def __init__(self, page, server, folder):
+        self.page, self.server, self.folder = page, server, folder
         self.failed = []  # requests to the pack that the server did not answer well
         page.on("response", lambda answer: self.failed.append(answer.url) if self._is_bad(answer) else None)
         page.goto(server.address, wait_until="domcontentloaded")
@@ -108,7 +109,7 @@ class Workspace:
 
     def search(self, text):
         """Look for a node in the menu that a double click opens, and take the first that has this text."""
-        field = self.page.get_by_placeholder("Search Nodes")
+        field = self.page.get_by_placeholder(re.compile("Search Nodes|Add a node"))  # an older page, a newer one
         self._until(lambda: self.page.mouse.dblclick(800, 500), field, "visible", 5000)
         field.fill(text)
         self.page.get_by_role("option").filter(has_text=text).first.click()
@@ -119,7 +120,7 @@ class Workspace:
     def run(self):
         """Press Run; what `events` has from now on belongs to this run."""
         self.page.evaluate("() => { events.length = 0 }")
-        self.page.get_by_role("button", name="Run", exact=True).click()
+        self.page.locator("button[data-testid=queue-button], [data-testid=queue-button] button").first.click()
 
     def events(self, kind, node=""):
         return self.page.evaluate(
@@ -143,19 +144,19 @@ class Workspace:
                                  ).all_inner_texts()  # fmt: skip
 
     def screenshot(self, name):
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        self.page.screenshot(path=self.folder / f"{name}.png")
 
 
 @contextmanager
 def workspace(browser, server, name):
-    """A page of its own, with a screenshot of how it ended."""
+    """A page of its own, with a screenshot of how it ended; the folder in `name` takes its other ones too."""
+    path = SCREENSHOTS / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
     context.set_default_timeout(SLOW)
     page = context.new_page()
     try:
-        yield Workspace(page, server)
+        yield Workspace(page, server, path.parent)
     finally:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        page.screenshot(path=path)
         context.close()

@@ -22,11 +22,15 @@ def write_settings(base, **settings):
     file.write_text(json.dumps({"Comfy.TutorialCompleted": True, **settings}), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+# The host's own page, and the newest one that works with it.
+PAGES = {"own": [], "newest": ["--front-end-root", os.environ["TAV_NEWEST_PAGE"]]}
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def server(tmp_path_factory, request):
     base = tmp_path_factory.mktemp("page")
     write_settings(base)
-    with Server(base) as server:
+    with Server(base, *PAGES[request.param]) as server:
         yield server
 
 
@@ -43,15 +47,15 @@ def browser():
 
 @pytest.fixture
 def page(browser, server, request):
-    with workspace(browser, server, request.node.name) as page:
+    with workspace(browser, server, f"{request.node.callspec.params['server']}/{request.node.originalname}") as page:
         yield page
 
 
 def small(page):
     """Few steps: what is looked at here is the page."""
-    page.set("TAVOneShotTune", {"steps": 30})
+    page.set("TAVOneShotTune", {"steps": 20})
     for kind in ("TAVDDIMInvert", "TAVSampleVideo"):
-        page.set(kind, {"steps": 5})
+        page.set(kind, {"steps": 3})
 
 
 def test_every_template_has_a_thumbnail_and_opens_whole(page):
@@ -70,7 +74,8 @@ def test_every_template_has_a_thumbnail_and_opens_whole(page):
         opened = page.workflow()
         assert page.page.evaluate("() => app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type])") == []
         assert links(opened) == links(written), name
-        assert widgets(opened) == widgets(written), name
+        known = widgets(written)
+        assert {key: values[: len(known[key])] for key, values in widgets(opened).items()} == known, name
         assert page.complaints() == [], name
         page.screenshot(f"template_{name}")
     assert page.failed == []
@@ -81,7 +86,7 @@ def links(workflow):
 
 
 def widgets(workflow):
-    # An upload button's value is saved by one page and not by another.
+    # An upload button's value is saved by one page and not by another; core's nodes get more widgets with time.
     return {node["id"]: [value for value in node.get("widgets_values") or [] if value != "image"]
             for node in workflow["nodes"]}  # fmt: skip
 
@@ -89,7 +94,7 @@ def widgets(workflow):
 def test_the_quickstart_runs_and_shows_what_it_does(page):
     page.open_template("quickstart")
     small(page)
-    page.set("TAVOneShotTune", {"validation_every": 10})
+    page.set("TAVOneShotTune", {"validation_every": 4})
     tune = page.node("TAVOneShotTune")
     page.page.evaluate(
         """() => { const [tune, edit] = ['One-Shot Tune', 'object edit'].map(
@@ -97,20 +102,22 @@ def test_the_quickstart_runs_and_shows_what_it_does(page):
         edit.connect(0, tune, tune.findInputSlot('validation_prompt')) }"""
     )
     page.run()
-    page.wait_for("progress", tune, 15)  # after the first preview of the edit
+    page.wait_for("progress", tune, 6)  # after the first preview of the edit
+    shown = page.page.get_by_text("Current node:").locator("..").inner_text()
+    assert re.search(r"One-?Shot ?Tune", shown) and "%" in shown
     page.show("TAVOneShotTune")
     page.page.wait_for_function("id => app.nodePreviewImages[id]?.length || app.graph.getNodeById(id).imgs", arg=tune)
     page.screenshot("tuning")
-    shown = page.page.get_by_text("Current node:").locator("..").inner_text()
-    assert re.search(r"One-?Shot ?Tune", shown) and "%" in shown
     page.wait_for("execution_success")
 
     for kind in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
         node = page.node(kind)
         assert page.events("b_preview_with_metadata", node), f"{kind} shows previews"
-    assert page.events("progress", tune)[-1]["value"] == 30
+    assert page.events("progress", tune)[-1]["value"] == 20
+    assert page.events("progress_text", tune)
     page.show("TAVOneShotTune")
-    page.page.get_by_text("trained 30 steps").wait_for()
+    # Of what the node showed, the last picture is what stays: newer pages clear the progress text.
+    page.page.wait_for_function("id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth", arg=tune)
     page.screenshot("tuned")
     for title in ("object", "style"):
         number = page.node("SaveVideo", title)
@@ -148,12 +155,9 @@ def test_a_node_has_a_help_page(page):
 
 
 def test_the_page_speaks_chinese(browser, tmp_path):
-    # The page that comes with this ComfyUI shows no translation of any pack's (mended in 1.33): so a newer page.
+    # The page that comes with this ComfyUI shows no translation of any pack's (mended in 1.33).
     write_settings(tmp_path, Locale="zh")
-    with (
-        Server(tmp_path, "--front-end-root", os.environ["TAV_FRONTEND"]) as server,
-        workspace(browser, server, "chinese") as page,
-    ):
+    with Server(tmp_path, *PAGES["newest"]) as server, workspace(browser, server, "newest/chinese") as page:
         chinese = json.loads((PROJECT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
         chinese = chinese["TAVOneShotTune"]
         page.page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('TAVOneShotTune')) }")
