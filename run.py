@@ -548,7 +548,7 @@ def demo(arguments: list[str]) -> int:
         result = run_with_host(host, job, PROJECT)
         if options.ui:
             say(f"ComfyUI stays open at http://127.0.0.1:{port} (Ctrl-C stops it)")
-            webbrowser.open(f"http://127.0.0.1:{port}/?template=quickstart&source={PACK_NAME}")
+            webbrowser.open(f"http://127.0.0.1:{port}/?template=1-Quickstart&source={PACK_NAME}")
             return wait(process) or result
     return result
 

@@ -1,6 +1,7 @@
 """The example workflows: whole, neatly laid out, and each of them runs, in few steps."""
 
 import json
+import re
 
 import pytest
 from checkpoint import write_checkpoint
@@ -14,15 +15,15 @@ FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TITLE = 30  # pixels of a node's title, above its position
 OUTPUTS = {
-    "quickstart": {"source", "reconstruction", "object", "background", "style"},
-    "object_edit": {"source", "edit"},
-    "background_change": {"source", "edit"},
-    "style_transfer": {"source", "edit"},
-    "compare_edits": {"comparison"},
-    "edit_list": {"edits"},
-    "reload_tuned_weights": set(),  # its second part, see below
+    "1-Quickstart": {"source", "reconstruction", "object", "background", "style"},
+    "3-Change the object": {"source", "edit"},
+    "4-Change the place": {"source", "edit"},
+    "5-Change the style": {"source", "edit"},
+    "7-Compare edits": {"comparison"},
+    "6-Many edits from one tuning": {"edits"},
+    "8-Use tuned weights again": set(),  # its second part, see below
 }
-OWN = {"tune_a_video", "personalised_checkpoint"}  # for the user's checkpoint and video
+OWN = {"2-Your own video", "9-Another checkpoint"}  # for the user's checkpoint and video
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,12 @@ def test_it_has_a_small_thumbnail(file):
     assert picture.stat().st_size < 40_000 and file.stat().st_size < 60_000
 
 
+def test_cards_show_names_to_read_in_an_order_that_shows():
+    """A card's title is the file's name, and cards come in the order in which the file system lists them."""
+    names = [re.fullmatch(r"(\d)-([A-Z][a-z]+( [a-z]+)*)", file.stem) for file in FILES]
+    assert [int(name[1]) for name in names] == list(range(1, len(FILES) + 1))
+
+
 def test_each_is_run_here():
     assert set(WORKFLOWS) == {*OUTPUTS, *OWN}
 
@@ -91,7 +98,7 @@ def test_on_the_demos_model_it_runs_as_it_is(server, name):
 
 
 def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kept(server):
-    workflow = WORKFLOWS["reload_tuned_weights"]
+    workflow = WORKFLOWS["8-Use tuned weights again"]
     run(server, workflow)
     unmuted = [{**node, "mode": 0} for node in workflow["nodes"]]
     assert set(run(server, {**workflow, "nodes": unmuted})) == {"edit"}
@@ -101,6 +108,6 @@ def test_a_personalised_checkpoint_takes_over_the_motion(server):
     write_checkpoint(server.base / "models" / "checkpoints" / "sd15.ckpt")
     video = server.upload(PROJECT / "demo" / "quickstart.mp4")
     small = {"count": 2, "stride": 1, "width": 64, "height": 64}
-    videos = run(server, WORKFLOWS["personalised_checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
+    videos = run(server, WORKFLOWS["9-Another checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
     assert videos["edit"].pictures.shape == (2, 64, 64, 3)
     assert list((server.base / "models" / "tune_a_video").glob("motion_*.safetensors"))

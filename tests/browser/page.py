@@ -15,7 +15,7 @@ FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 # The page opens a workflow of its own at last.
 READY = """() => window.app?.vueAppReady && app.extensionManager?.workflow?.activeWorkflow && app.graph?.nodes.length
     && document.querySelector('#comfy-file-input') && LiteGraph.registered_node_types.TAVOneShotTune"""
-OPEN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length"
+OPEN = "name => window.app?.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length"
 NODE = "app.graph.nodes.find(node => node.type === kind && (!title || node.title === title))"
 
 

@@ -8,8 +8,8 @@ import os
 import re
 
 import pytest
-from live_server import PROJECT, Server
-from page import FLAGS, workspace
+from live_server import NAME, PROJECT, Server
+from page import FLAGS, OPEN, workspace
 from playwright.sync_api import sync_playwright
 
 TEMPLATES = sorted(file.stem for file in (PROJECT / "example_workflows").glob("*.json"))
@@ -92,7 +92,7 @@ def widgets(workflow):
 
 
 def test_the_quickstart_runs_and_shows_what_it_does(page):
-    page.open_template("quickstart")
+    page.open_template("1-Quickstart")
     small(page)
     page.set("TAVOneShotTune", {"validation_every": 4})
     tune = page.node("TAVOneShotTune")
@@ -144,8 +144,14 @@ def test_nodes_are_found_by_their_names(page):
         page.page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=name)
 
 
+def test_an_address_opens_the_quickstart(page):
+    """As `run.py demo --ui` does; the page takes no name with a blank there."""
+    page.page.goto(f"{page.server.address}/?template=1-Quickstart&source={NAME}")
+    page.page.wait_for_function(OPEN, arg="1-Quickstart")
+
+
 def test_a_node_has_a_help_page(page):
-    page.open_template("quickstart")
+    page.open_template("1-Quickstart")
     x, y, *_ = page.show("TAVOneShotTune")
     page.page.mouse.click(x + 120, y - 15)
     page.page.get_by_test_id("info-button").click()
@@ -170,7 +176,7 @@ def test_the_page_speaks_chinese(browser, tmp_path):
 
 
 def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(page):
-    page.open_template("object_edit")
+    page.open_template("3-Change the object")
     small(page)
     page.set("TAVOneShotTune", {"steps": 5000, "seed": 5})
     tune = page.node("TAVOneShotTune")
@@ -187,7 +193,7 @@ def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(page):
 
 
 def test_a_saved_workflow_opens_again_as_it_was(page, tmp_path):
-    page.open_template("compare_edits")
+    page.open_template("7-Compare edits")
     page.set("TAVSampleVideo", {"cfg": 7.5}, "sample: cfg 4")
     page.set("TAVCompareVideos", {"labels": "片段\n\ncfg 7.5"})
     page.page.mouse.click(800, 960)
