@@ -8,10 +8,12 @@ import os
 import re
 
 import pytest
+from checkpoint import write_checkpoint
 from live_server import NAME, PROJECT, Server
 from page import FLAGS, OPEN, workspace
 from playwright.sync_api import sync_playwright
 
+BLUEPRINT = "Edit a video (Tune-A-Video)"
 TEMPLATES = sorted(file.stem for file in (PROJECT / "example_workflows").glob("*.json"))
 
 
@@ -30,7 +32,9 @@ PAGES = {"own": [], "newest": ["--front-end-root", os.environ["TAV_NEWEST_PAGE"]
 def server(tmp_path_factory, request):
     base = tmp_path_factory.mktemp("page")
     write_settings(base)
-    with Server(base, *PAGES[request.param]) as server:
+    server = Server(base, *PAGES[request.param])
+    write_checkpoint(base / "models" / "checkpoints" / "sd15.ckpt")
+    with server:
         yield server
 
 
@@ -148,6 +152,50 @@ def test_an_address_opens_the_quickstart(page):
     """As `run.py demo --ui` does; the page takes no name with a blank there."""
     page.page.goto(f"{page.server.address}/?template=1-Quickstart&source={NAME}")
     page.page.wait_for_function(OPEN, arg="1-Quickstart")
+
+
+def with_blueprint(page):
+    """Make a graph of it, a clip of two frames, and what saves the video; returns the prompt that Run would send."""
+    page.page.evaluate("() => { app.graph.clear() }")
+    page.search(BLUEPRINT)
+    page.page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=BLUEPRINT)
+    page.page.evaluate(
+        """() => { const [edit] = app.graph.nodes;
+        const [clip, save] = ['TAVDemoClip', 'SaveVideo'].map(kind => app.graph.add(LiteGraph.createNode(kind)));
+        clip.pos = [edit.pos[0] - 400, edit.pos[1]]; save.pos = [edit.pos[0] + 500, edit.pos[1]];
+        clip.connect(0, edit, 0); edit.connect(0, save, 0);
+        const set = (node, values) => node.widgets.forEach(w => { if (w.name in values) w.value = values[w.name] });
+        set(clip, { frames: 2, size: 64 });
+        set(edit, { ckpt_name: 'sd15.ckpt', caption: 'a car', edit: 'a dog', steps: 1 });
+        for (const node of edit.subgraph.nodes)
+            if (['TAVDDIMInvert', 'TAVSampleVideo'].includes(node.type)) set(node, { steps: 1 }) }"""
+    )
+    return page.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
+def test_the_blueprint_is_one_node_that_stands_for_the_whole_way(page):
+    prompt = with_blueprint(page)
+    nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert {"TAVInflateUNet", "TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"} < set(nodes)
+    assert [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"] == [
+        "a car",
+        "",
+        "a dog",
+    ]
+    assert nodes["CheckpointLoaderSimple"]["ckpt_name"] == "sd15.ckpt"
+    assert nodes["TAVOneShotTune"]["steps"] == 1
+    ends = {
+        prompt[nodes[kind][slot][0]]["class_type"] for kind, slot in (("VAEEncode", "pixels"), ("SaveVideo", "video"))
+    }
+    assert ends == {"TAVDemoClip", "CreateVideo"}
+
+
+@pytest.mark.parametrize("server", ["newest"], indirect=True)  # it takes long: a checkpoint of full size
+def test_the_blueprint_edits_a_video(page):
+    with_blueprint(page)
+    page.run()
+    page.wait_for("execution_success")
+    assert list((page.server.base / "output" / "video").glob("*.mp4"))
 
 
 def test_a_node_has_a_help_page(page):
