@@ -14,6 +14,8 @@ from tune_a_video.demo.api import to_api
 FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TITLE = 30  # pixels of a node's title, above its position
+# What a node grows by when it shows a picture or a video as wide as itself.
+PICTURES = {"TAVOneShotTune": 210, "TAVDDIMInvert": 300, "TAVSampleVideo": 300, "SaveVideo": 300}
 OUTPUTS = {
     "1-Quickstart": {"source", "reconstruction", "object", "background", "style"},
     "3-Change the object": {"source", "edit"},
@@ -61,6 +63,25 @@ def test_it_is_whole_and_laid_out_without_overlaps(server, workflow):
         assert not [(a, b) for a in some for b in some if a < b and overlap(a, b)]
     for box in boxes:
         assert all(contains(group, box) for group in groups if overlap(group, box))
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_nodes_are_small_and_there_is_room_for_their_pictures(workflow):
+    """Previews are off by default: a node with room inside for one would stay black."""
+    nodes = [(*node["pos"], *node["size"], node["type"]) for node in workflow["nodes"]]
+    assert all(height <= 200 for *_, height, kind in nodes if kind in PICTURES and kind != "TAVOneShotTune")
+    boxes = [(x, y - TITLE, x + w, y + h + PICTURES.get(kind, 0)) for x, y, w, h, kind in nodes]
+    assert not [(a, b) for a in boxes for b in boxes if a < b and overlap(a, b)]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_the_page_can_fetch_the_checkpoints(workflow):
+    """A loader says where its file is to be had, so that the page offers it where it is missing."""
+    for node in workflow["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            [model] = node["properties"]["models"]
+            assert model["name"] == node["widgets_values"][0] == model["url"].rpartition("/")[2]
+            assert model["directory"] == "checkpoints" and model["url"].startswith("https://huggingface.co/")
 
 
 def overlap(a, b):

@@ -15,7 +15,7 @@ FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 # The page opens a workflow of its own at last.
 READY = """() => window.app?.vueAppReady && app.extensionManager?.workflow?.activeWorkflow && app.graph?.nodes.length
     && document.querySelector('#comfy-file-input') && LiteGraph.registered_node_types.TAVOneShotTune"""
-OPEN = "name => window.app?.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length"
+OPEN = "name => window.app?.extensionManager.workflow?.activeWorkflow?.filename === name && app.graph.nodes.length"
 NODE = "app.graph.nodes.find(node => node.type === kind && (!title || node.title === title))"
 
 
@@ -138,10 +138,36 @@ class Workspace:
 
     # --- looking ---
 
+    def overlaps(self):
+        """Pairs of nodes that lie over each other, as they are drawn."""
+        return self.page.evaluate(
+            """() => { const boxes = app.graph.nodes.map(({ id, type, pos, size }) => {
+                const box = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect();
+                const [width, height] = box ? [box.width / app.canvas.ds.scale, box.height / app.canvas.ds.scale]
+                    : [size[0], size[1] + 30];
+                return { type, left: pos[0], top: pos[1] - 30, right: pos[0] + width, bottom: pos[1] - 30 + height } });
+            return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right
+                && a.top < b.bottom && b.top < a.bottom).map(b => [a.type, b.type])) }"""
+        )
+
     def complaints(self):
-        """What toasts and dialogs say."""
-        return self.page.locator(".p-toast-message:visible, [role=dialog]:visible, .comfy-missing-nodes:visible"
-                                 ).all_inner_texts()  # fmt: skip
+        """What toasts, dialogs and the overlay for errors say."""
+        return self.page.locator(".p-toast-message:visible, [role=dialog]:visible, .comfy-missing-nodes:visible, "
+                                 "[data-testid=error-overlay]:visible").all_inner_texts()  # fmt: skip
+
+    def offers_to_download(self, models):
+        """Wait until the page offers to download these missing models and complains of nothing else; then go on."""
+        dialog, details = self.page.get_by_role("dialog"), self.page.get_by_test_id("error-overlay-see-errors")
+        dialog.or_(details).wait_for()
+        if newer := details.is_visible():
+            details.click()
+        buttons = self.page.get_by_test_id("missing-model-download") if newer else dialog.get_by_text("Download")
+        buttons.first.wait_for()
+        assert buttons.count() == len(models)
+        for model in models:
+            self.page.get_by_text(model).first.wait_for()
+        if not newer:
+            self._until(lambda: self.page.keyboard.press("Escape"), dialog, "detached", 5000)
 
     def screenshot(self, name):
         self.page.screenshot(path=self.folder / f"{name}.png")

@@ -80,9 +80,27 @@ def test_every_template_has_a_thumbnail_and_opens_whole(page):
         assert links(opened) == links(written), name
         known = widgets(written)
         assert {key: values[: len(known[key])] for key, values in widgets(opened).items()} == known, name
+        models = [node["widgets_values"][0] for node in written["nodes"] if node["type"] == "CheckpointLoaderSimple"]
+        if models:
+            page.screenshot(f"models_{name}")
+            page.offers_to_download(models)
         assert page.complaints() == [], name
+        assert page.overlaps() == [], name
         page.screenshot(f"template_{name}")
     assert page.failed == []
+
+
+@pytest.mark.parametrize("server", ["newest"], indirect=True)
+def test_nothing_overlaps_in_nodes_2(page):
+    """The page's newer way of drawing nodes, as parts of a web page: they are taller there."""
+    page.page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+    for name in TEMPLATES:
+        page.open_template(name)
+        page.page.wait_for_function(
+            "() => document.querySelectorAll('.lg-node[data-node-id]').length === app.graph.nodes.length"
+        )
+        page.screenshot(f"nodes_2_{name}")
+        assert page.overlaps() == [], name
 
 
 def links(workflow):
@@ -90,8 +108,10 @@ def links(workflow):
 
 
 def widgets(workflow):
-    # An upload button's value is saved by one page and not by another; core's nodes get more widgets with time.
-    return {node["id"]: [value for value in node.get("widgets_values") or [] if value != "image"]
+    # An upload button's value is saved by one page and not by another, no choice as undefined; core's nodes get more
+    # widgets with time.
+    return {node["id"]: ["" if value == "undefined" else value
+                         for value in node.get("widgets_values") or [] if value != "image"]
             for node in workflow["nodes"]}  # fmt: skip
 
 
@@ -196,6 +216,24 @@ def test_the_blueprint_edits_a_video(page):
     page.run()
     page.wait_for("execution_success")
     assert list((page.server.base / "output" / "video").glob("*.mp4"))
+
+
+@pytest.mark.parametrize("server", ["newest"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "controls"),
+    [
+        ("1-Quickstart", {"object", "motion", "object edit", "style edit", "tuning steps"}),
+        ("2-Your own video", {"checkpoint", "video", "caption: what the clip shows", "edit: what you want to see"}),
+    ],
+)
+def test_a_template_is_an_app_as_well(page, name, controls):
+    """What the menu Graph, beside the workflow's name, turns into App on newer pages."""
+    page.open_template(name)
+    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    shown = page.page.get_by_test_id("linear-widgets")
+    shown.get_by_text("tuning steps", exact=True).wait_for()
+    assert controls <= set(shown.inner_text().split("\n"))
+    page.screenshot(f"app_{name}")
 
 
 def test_a_node_has_a_help_page(page):
