@@ -106,6 +106,17 @@ def test_cards_show_names_to_read_in_an_order_that_shows():
     assert [int(name[1]) for name in names] == list(range(1, len(FILES) + 1))
 
 
+def test_the_blueprint_fits_the_nodes(server):
+    [file] = (PROJECT / "subgraphs").glob("*.json")
+    assert file.read_bytes().isascii()  # the host reads it in whatever encoding the system has
+    info = server.get("/object_info")
+    [blueprint] = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    for node in blueprint["nodes"]:
+        known = {name for part in ("required", "optional") for name in info[node["type"]]["input"].get(part, {})}
+        assert {slot["name"] for slot in node["inputs"]} <= known
+        assert len(node["widgets_values"]) == sum("widget" in slot for slot in node["inputs"])
+
+
 def test_each_is_run_here():
     assert set(WORKFLOWS) == {*OUTPUTS, *OWN}
 
