@@ -73,8 +73,8 @@ HOST_PACKAGES = (
     "pydantic-settings",  # ComfyUI reads a pack's pyproject.toml with it, and logs a warning a file without
 )
 
-# ComfyUI 0.3.75's own page shows no pack's translations, the next one does: a test of them runs on it.
-TRANSLATED_PAGE = "comfyui-frontend-package==1.33.13"
+# The newest page that works with this ComfyUI: the tests of the page run on the host's own and on this one.
+NEWEST_PAGE = "comfyui-frontend-package==1.58.1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")  # as programs are named
 
 MOST_WORKERS = 4  # processes that run tests: each holds a torch and a host, about 2 GiB
@@ -444,14 +444,14 @@ def prepare_browser(python: Path) -> str:
     )
 
 
-def prepare_translated_page(python: Path) -> Path:
-    """The folder of a newer page than the host's."""
-    folder = STATE / TRANSLATED_PAGE.replace("==", "-")
+def prepare_newest_page(python: Path) -> Path:
+    """The folder of the page to test beside the host's own."""
+    folder = STATE / NEWEST_PAGE.replace("==", "-")
     if not folder.is_dir():
         partial = STATE / "partial-page"
         shutil.rmtree(partial, ignore_errors=True)
-        failure = f"could not download {TRANSLATED_PAGE}"
-        pip(python, "install", "--no-deps", "--target", str(partial), TRANSLATED_PAGE, failure=failure)
+        failure = f"could not download {NEWEST_PAGE}"
+        pip(python, "install", "--no-deps", "--target", str(partial), NEWEST_PAGE, failure=failure)
         os.replace(partial, folder)
     return folder / "comfyui_frontend_package" / "static"
 
@@ -482,7 +482,7 @@ def test(arguments: list[str]) -> int:
     host, python = prepare()
     if options.browser:
         os.environ["TAV_BROWSER"] = prepare_browser(python)
-        os.environ["TAV_FRONTEND"] = str(prepare_translated_page(python))
+        os.environ["TAV_NEWEST_PAGE"] = str(prepare_newest_page(python))
     # On a busy machine two threads of one small operation wait for each other far longer than one would compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Isolated (-I): otherwise the project folder goes on sys.path, and its nodes/ hides ComfyUI's nodes.py.
@@ -557,7 +557,7 @@ def demo(arguments: list[str]) -> int:
         result = run_with_host(host, job, PROJECT)
         if options.ui:
             say(f"ComfyUI stays open at http://127.0.0.1:{port} (Ctrl-C stops it)")
-            webbrowser.open(f"http://127.0.0.1:{port}/?template=quickstart&source={PACK_NAME}")
+            webbrowser.open(f"http://127.0.0.1:{port}/?template=1-Quickstart&source={PACK_NAME}")
             return wait(process) or result
     return result
 

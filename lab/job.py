@@ -52,12 +52,12 @@ class Stopped(Exception):
 
 def quickstart(comfy: Comfy) -> Prompt:
     """The quickstart workflow as it is."""
-    return prompt_of(comfy, "quickstart")
+    return prompt_of(comfy, "1-Quickstart")
 
 
 def own_clip(comfy: Comfy, video: Path, caption: str, checkpoint: str, edits: list[str]) -> Prompt:
     """The workflow for a checkpoint, on a video of the user's, with an output for the source and for each edit."""
-    prompt = prompt_of(comfy, "tune_a_video")
+    prompt = prompt_of(comfy, "2-Your own video")
 
     def change(kind: str, title: str | None = None, **inputs: Any) -> str:
         number = find(prompt, kind, title)

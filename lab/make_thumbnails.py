@@ -28,7 +28,7 @@ DEMO = {
     "TAVSampleVideo": {"cfg": 3.0},
     "caption: what the clip shows": {"text": "a red car on the beach"},
 }
-EDITS = {"tune_a_video": "a red car in the forest", "personalised_checkpoint": "a red car on the beach, pencil sketch"}
+EDITS = {"2-Your own video": "a red car in the forest", "9-Another checkpoint": "a red car on the beach, pencil sketch"}
 
 
 def on_the_demo(comfy: Comfy, prompt: Prompt, edit: str) -> None:

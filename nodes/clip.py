@@ -4,7 +4,7 @@ from comfy_api.latest import Input, io
 
 from ..tav_core import host
 from ..tav_core.pictures import clip, load_clip, video
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 
 def _size_inputs() -> list[io.Input]:
@@ -58,6 +58,7 @@ class LoadClip(io.ComfyNode):
             display_name="Load Clip",
             category=CATEGORY,
             description="Reads one short clip from a video, at the model's size. Long videos take no more memory.",
+            **found_by("load video", "video frames", "trim video", "cut video", "resample fps", "import clip"),
             inputs=[
                 io.Video.Input("video", tooltip="The video, from Load Video."),
                 io.Float.Input(
@@ -123,6 +124,7 @@ class PrepareClip(io.ComfyNode):
             node_id="TAVPrepareClip",
             display_name="Prepare Clip",
             category=CATEGORY,
+            **found_by("trim video", "cut video", "pick frames", "crop video", "video frames"),
             description="Picks the frames of one short clip from a video and fits them to the model's size.",
             inputs=[
                 io.Image.Input("frames", tooltip="All frames of the video, from Get Video Components."),

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..tav_core.pictures.compare import side_by_side
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 MORE = range(3, 7)
 
@@ -13,6 +13,7 @@ class CompareVideos(io.ComfyNode):
             node_id="TAVCompareVideos",
             display_name="Compare Videos",
             category=CATEGORY,
+            **found_by("side by side", "comparison", "grid", "before after", "concatenate videos"),
             description="Puts up to six videos side by side, with captions.",
             inputs=[
                 io.Image.Input("video_1", tooltip="A clip, or an edit of it. Its height is the height of all."),

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..demo.model import load
 from ..demo.world import BACKGROUNDS, MOTIONS, OBJECTS, make_clip
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 FPS = 8.0
 
@@ -15,6 +15,7 @@ class LoadDemoModel(io.ComfyNode):
             node_id="TAVLoadDemoModel",
             display_name="Load Demo Model",
             category=f"{CATEGORY}/demo",
+            **found_by("example model", "tiny checkpoint", "test model"),
             description=(
                 "A tiny text-to-image model that comes with this pack, in Stable Diffusion 1.x's form. It knows "
                 "few things and places, at 128 x 128 pixels: a proof that runs anywhere, not a picture maker."
@@ -41,6 +42,7 @@ class DemoClip(io.ComfyNode):
             node_id="TAVDemoClip",
             display_name="Demo Clip",
             category=f"{CATEGORY}/demo",
+            **found_by("example video", "test video", "sample clip"),
             description="Draws a short clip of the demo model's world, with its caption: nothing to download.",
             inputs=[
                 io.Combo.Input("motion", options=list(MOTIONS), default="arc", tooltip="How the object moves."),

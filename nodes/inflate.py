@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from ..tav_core.method.inflation import GROUP_NORM_MODES
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 
 class InflateUNet(io.ComfyNode):
@@ -12,6 +12,7 @@ class InflateUNet(io.ComfyNode):
             node_id="TAVInflateUNet",
             display_name="Inflate UNet",
             category=CATEGORY,
+            **found_by("video model", "image to video model", "temporal attention", "animate", "v2v"),
             description=(
                 "Makes an image model treat its batch as the frames of one video: sparse-causal attention, and "
                 "temporal attention that tuning fills. The model that you connect is not changed."

@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from ..tav_core.method import ddim
 from ..tav_core.pipeline import editing
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 
 class DDIMInvert(io.ComfyNode):
@@ -12,6 +12,7 @@ class DDIMInvert(io.ComfyNode):
             node_id="TAVDDIMInvert",
             display_name="DDIM Invert",
             category=CATEGORY,
+            **found_by("inversion", "reverse sampling", "unsampler", "video to noise", "edit video"),
             description="Finds the noise from which the model would sample the clip: it holds layout and motion.",
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model."),

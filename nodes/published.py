@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..tav_core.pipeline import library
-from .schema import CATEGORY, Weights
+from .schema import CATEGORY, Weights, found_by
 
 
 class LoadPublished(io.ComfyNode):
@@ -11,6 +11,7 @@ class LoadPublished(io.ComfyNode):
             node_id="TAVLoadPublished",
             display_name="Load Published Model",
             category=CATEGORY,
+            **found_by("import diffusers", "pretrained", "convert"),
             description="Reads a model that was tuned and published with the paper's code.",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint that it was tuned on, or one of the same family."),
@@ -55,6 +56,7 @@ class ExportPublished(io.ComfyNode):
             node_id="TAVExportPublished",
             display_name="Export Published Model",
             category=CATEGORY,
+            **found_by("export diffusers", "save model", "convert"),
             description="Writes a tuned model in the form that the paper's code and diffusers load.",
             is_output_node=True,
             inputs=[

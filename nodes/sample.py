@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from ..tav_core.method import ddim
 from ..tav_core.pipeline import editing
-from .schema import CATEGORY
+from .schema import CATEGORY, found_by
 
 
 class SampleVideo(io.ComfyNode):
@@ -12,6 +12,7 @@ class SampleVideo(io.ComfyNode):
             node_id="TAVSampleVideo",
             display_name="Sample Video",
             category=CATEGORY,
+            **found_by("edit video", "video edit", "video to video", "vid2vid", "v2v", "restyle", "sampler"),
             description="Samples the edited video from the inverted clip and a new prompt, with DDIM.",
             inputs=[
                 io.Model.Input("model", tooltip="The tuned model."),

@@ -14,7 +14,7 @@ from ..tav_core.pictures.plot import curve_with_edit, loss_curve, with_note
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune, runs_folder
 from . import graph
-from .schema import CATEGORY, Weights, advanced
+from .schema import CATEGORY, Weights, advanced, found_by
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class OneShotTune(io.ComfyNode):
             node_id="TAVOneShotTune",
             display_name="One-Shot Tune",
             category=CATEGORY,
+            **found_by("train", "fine-tune", "finetune", "learn motion", "motion transfer", "edit video", "v2v"),
             description="Teaches an inflated model the motion of one clip, from the clip and its caption alone.",
             inputs=[
                 io.Model.Input("model", tooltip="The model from Inflate UNet. It is not changed."),

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 from ..tav_core.pipeline import library
 from ..tav_core.pipeline.apply import apply_weights, check_base
 from ..tav_core.store.weights import PRECISIONS
-from .schema import CATEGORY, Weights
+from .schema import CATEGORY, Weights, found_by
 
 
 class SaveWeights(io.ComfyNode):
@@ -13,6 +13,7 @@ class SaveWeights(io.ComfyNode):
             node_id="TAVSaveWeights",
             display_name="Save Weights",
             category=CATEGORY,
+            **found_by("save tune", "save motion", "export"),
             description="Keeps what was tuned as a file in models/tune_a_video, for Load Weights.",
             is_output_node=True,
             inputs=[
@@ -53,6 +54,7 @@ class LoadWeights(io.ComfyNode):
             node_id="TAVLoadWeights",
             display_name="Load Weights",
             category=CATEGORY,
+            **found_by("load tune", "load motion", "reuse"),
             description="Reads what Save Weights kept.",
             inputs=[
                 io.Combo.Input(
@@ -84,6 +86,7 @@ class ApplyWeights(io.ComfyNode):
             node_id="TAVApplyWeights",
             display_name="Apply Weights",
             category=CATEGORY,
+            **found_by("motion transfer", "motion strength", "apply motion", "motion lora"),
             description="Gives a model the motion of the clip that the weights were tuned on.",
             inputs=[
                 io.Model.Input(

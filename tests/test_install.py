@@ -122,7 +122,7 @@ def test_the_registrys_validation_can_fail(tools, checkout):
 
 def test_the_package_holds_what_runs_and_nothing_else(archive, files):
     packed = set(archive.namelist())
-    folders = {"nodes", "tav_core", "web", "locales", "example_workflows"}
+    folders = {"nodes", "tav_core", "web", "locales", "example_workflows", "subgraphs"}
     assert packed >= {str(file) for file in files if file.parts[0] in folders and (PROJECT / file).is_file()}
     assert packed >= {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "demo/LICENSES.md"}
     others = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "demo"}

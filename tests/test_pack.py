@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 import tune_a_video
+from comfy_api.latest import io
 from pack import PROJECT, load_pack
 from tune_a_video.tav_core.store import weights
 
@@ -45,6 +47,30 @@ def test_every_input_and_output_is_explained(schema):
         assert end.tooltip and end.tooltip.endswith("."), end.id
     # Before 0.8 the host needs them to differ.
     assert len({end.id for end in ends}) == len(ends)
+
+
+@dataclass
+class NewerSchema(io.Schema):
+    """What hosts have from 0.10 on, and this one may lack."""
+
+    search_aliases: list[str] = field(default_factory=list)
+
+
+def test_on_newer_hosts_nodes_are_found_by_what_people_type(monkeypatch):
+    monkeypatch.setattr(io, "Schema", NewerSchema)
+    found = {word for node in NODES for word in node.define_schema().search_aliases}
+    assert all(node.define_schema().search_aliases for node in NODES)
+    typed = {
+        "edit video",
+        "video to video",
+        "v2v",
+        "motion transfer",
+        "train",
+        "fine-tune",
+        "inversion",
+        "side by side",
+    }
+    assert typed <= found
 
 
 def test_defaults_are_the_papers():

@@ -1,6 +1,7 @@
 """The example workflows: whole, neatly laid out, and each of them runs, in few steps."""
 
 import json
+import re
 
 import pytest
 from checkpoint import write_checkpoint
@@ -13,16 +14,18 @@ from tune_a_video.tools.api import to_api
 FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TITLE = 30  # pixels of a node's title, above its position
+# What a node grows by when it shows a picture or a video as wide as itself.
+PICTURES = {"TAVOneShotTune": 210, "TAVDDIMInvert": 300, "TAVSampleVideo": 300, "SaveVideo": 300}
 OUTPUTS = {
-    "quickstart": {"source", "reconstruction", "object", "background", "style"},
-    "object_edit": {"source", "edit"},
-    "background_change": {"source", "edit"},
-    "style_transfer": {"source", "edit"},
-    "compare_edits": {"comparison"},
-    "edit_list": {"edits"},
-    "reload_tuned_weights": set(),  # its second part, see below
+    "1-Quickstart": {"source", "reconstruction", "object", "background", "style"},
+    "3-Change the object": {"source", "edit"},
+    "4-Change the place": {"source", "edit"},
+    "5-Change the style": {"source", "edit"},
+    "7-Compare edits": {"comparison"},
+    "6-Many edits from one tuning": {"edits"},
+    "8-Use tuned weights again": set(),  # its second part, see below
 }
-OWN = {"tune_a_video", "personalised_checkpoint"}  # for the user's checkpoint and video
+OWN = {"2-Your own video", "9-Another checkpoint"}  # for the user's checkpoint and video
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,25 @@ def test_it_is_whole_and_laid_out_without_overlaps(server, workflow):
         assert all(contains(group, box) for group in groups if overlap(group, box))
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_nodes_are_small_and_there_is_room_for_their_pictures(workflow):
+    """Previews are off by default: a node with room inside for one would stay black."""
+    nodes = [(*node["pos"], *node["size"], node["type"]) for node in workflow["nodes"]]
+    assert all(height <= 200 for *_, height, kind in nodes if kind in PICTURES and kind != "TAVOneShotTune")
+    boxes = [(x, y - TITLE, x + w, y + h + PICTURES.get(kind, 0)) for x, y, w, h, kind in nodes]
+    assert not [(a, b) for a in boxes for b in boxes if a < b and overlap(a, b)]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_the_page_can_fetch_the_checkpoints(workflow):
+    """A loader says where its file is to be had, so that the page offers it where it is missing."""
+    for node in workflow["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            [model] = node["properties"]["models"]
+            assert model["name"] == node["widgets_values"][0] == model["url"].rpartition("/")[2]
+            assert model["directory"] == "checkpoints" and model["url"].startswith("https://huggingface.co/")
+
+
 def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
@@ -78,6 +100,23 @@ def test_it_has_a_small_thumbnail(file):
     assert picture.stat().st_size < 40_000 and file.stat().st_size < 60_000
 
 
+def test_cards_show_names_to_read_in_an_order_that_shows():
+    """A card's title is the file's name, and cards come in the order in which the file system lists them."""
+    names = [re.fullmatch(r"(\d)-([A-Z][a-z]+( [a-z]+)*)", file.stem) for file in FILES]
+    assert [int(name[1]) for name in names] == list(range(1, len(FILES) + 1))
+
+
+def test_the_blueprint_fits_the_nodes(server):
+    [file] = (PROJECT / "subgraphs").glob("*.json")
+    assert file.read_bytes().isascii()  # the host reads it in whatever encoding the system has
+    info = server.get("/object_info")
+    [blueprint] = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    for node in blueprint["nodes"]:
+        known = {name for part in ("required", "optional") for name in info[node["type"]]["input"].get(part, {})}
+        assert {slot["name"] for slot in node["inputs"]} <= known
+        assert len(node["widgets_values"]) == sum("widget" in slot for slot in node["inputs"])
+
+
 def test_each_is_run_here():
     assert set(WORKFLOWS) == {*OUTPUTS, *OWN}
 
@@ -91,7 +130,7 @@ def test_on_the_demos_model_it_runs_as_it_is(server, name):
 
 
 def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kept(server):
-    workflow = WORKFLOWS["reload_tuned_weights"]
+    workflow = WORKFLOWS["8-Use tuned weights again"]
     run(server, workflow)
     unmuted = [{**node, "mode": 0} for node in workflow["nodes"]]
     assert set(run(server, {**workflow, "nodes": unmuted})) == {"edit"}
@@ -101,6 +140,6 @@ def test_a_personalised_checkpoint_takes_over_the_motion(server):
     write_checkpoint(server.base / "models" / "checkpoints" / "sd15.ckpt")
     video = server.upload(PROJECT / "lab" / "quickstart.mp4")
     small = {"count": 2, "stride": 1, "width": 64, "height": 64}
-    videos = run(server, WORKFLOWS["personalised_checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
+    videos = run(server, WORKFLOWS["9-Another checkpoint"], ckpt_name="sd15.ckpt", file=video, **small)
     assert videos["edit"].pictures.shape == (2, 64, 64, 3)
     assert list((server.base / "models" / "tune_a_video").glob("motion_*.safetensors"))

@@ -51,7 +51,7 @@ def make_video(path: Path):
 @pytest.fixture
 def prompt(server, source):
     """The example workflow, made small."""
-    workflow = json.loads((PROJECT / "example_workflows" / "tune_a_video.json").read_text(encoding="utf-8"))
+    workflow = json.loads((PROJECT / "example_workflows" / "2-Your own video.json").read_text(encoding="utf-8"))
     prompt = to_api(workflow, server.get("/object_info"))
     small = {
         "CheckpointLoaderSimple": {"ckpt_name": "sd15.ckpt"},

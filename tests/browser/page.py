@@ -1,5 +1,6 @@
 """ComfyUI's page in a real browser, used as a user uses it."""
 
+import re
 from contextlib import contextmanager
 
 from live_server import NAME, PROJECT
@@ -14,15 +15,15 @@ FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 # The page opens a workflow of its own at last.
 READY = """() => window.app?.vueAppReady && app.extensionManager?.workflow?.activeWorkflow && app.graph?.nodes.length
     && document.querySelector('#comfy-file-input') && LiteGraph.registered_node_types.TAVOneShotTune"""
-OPEN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length"
+OPEN = "name => window.app?.extensionManager.workflow?.activeWorkflow?.filename === name && app.graph.nodes.length"
 NODE = "app.graph.nodes.find(node => node.type === kind && (!title || node.title === title))"
 
 
 class Workspace:
     """One open page of a server."""
 
-    def __init__(self, page, server):
-        self.page, self.server = page, server
+    def __init__(self, page, server, folder):
+        self.page, self.server, self.folder = page, server, folder
         self.failed = []  # requests to the pack that the server did not answer well
         page.on("response", lambda answer: self.failed.append(answer.url) if self._is_bad(answer) else None)
         page.goto(server.address, wait_until="domcontentloaded")
@@ -108,7 +109,7 @@ class Workspace:
 
     def search(self, text):
         """Look for a node in the menu that a double click opens, and take the first that has this text."""
-        field = self.page.get_by_placeholder("Search Nodes")
+        field = self.page.get_by_placeholder(re.compile("Search Nodes|Add a node"))  # an older page, a newer one
         self._until(lambda: self.page.mouse.dblclick(800, 500), field, "visible", 5000)
         field.fill(text)
         self.page.get_by_role("option").filter(has_text=text).first.click()
@@ -119,7 +120,7 @@ class Workspace:
     def run(self):
         """Press Run; what `events` has from now on belongs to this run."""
         self.page.evaluate("() => { events.length = 0 }")
-        self.page.get_by_role("button", name="Run", exact=True).click()
+        self.page.locator("button[data-testid=queue-button], [data-testid=queue-button] button").first.click()
 
     def events(self, kind, node=""):
         return self.page.evaluate(
@@ -137,25 +138,51 @@ class Workspace:
 
     # --- looking ---
 
+    def overlaps(self):
+        """Pairs of nodes that lie over each other, as they are drawn."""
+        return self.page.evaluate(
+            """() => { const boxes = app.graph.nodes.map(({ id, type, pos, size }) => {
+                const box = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect();
+                const [width, height] = box ? [box.width / app.canvas.ds.scale, box.height / app.canvas.ds.scale]
+                    : [size[0], size[1] + 30];
+                return { type, left: pos[0], top: pos[1] - 30, right: pos[0] + width, bottom: pos[1] - 30 + height } });
+            return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right
+                && a.top < b.bottom && b.top < a.bottom).map(b => [a.type, b.type])) }"""
+        )
+
     def complaints(self):
-        """What toasts and dialogs say."""
-        return self.page.locator(".p-toast-message:visible, [role=dialog]:visible, .comfy-missing-nodes:visible"
-                                 ).all_inner_texts()  # fmt: skip
+        """What toasts, dialogs and the overlay for errors say."""
+        return self.page.locator(".p-toast-message:visible, [role=dialog]:visible, .comfy-missing-nodes:visible, "
+                                 "[data-testid=error-overlay]:visible").all_inner_texts()  # fmt: skip
+
+    def offers_to_download(self, models):
+        """Wait until the page offers to download these missing models and complains of nothing else; then go on."""
+        dialog, details = self.page.get_by_role("dialog"), self.page.get_by_test_id("error-overlay-see-errors")
+        dialog.or_(details).wait_for()
+        if newer := details.is_visible():
+            details.click()
+        buttons = self.page.get_by_test_id("missing-model-download") if newer else dialog.get_by_text("Download")
+        buttons.first.wait_for()
+        assert buttons.count() == len(models)
+        for model in models:
+            self.page.get_by_text(model).first.wait_for()
+        if not newer:
+            self._until(lambda: self.page.keyboard.press("Escape"), dialog, "detached", 5000)
 
     def screenshot(self, name):
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        self.page.screenshot(path=self.folder / f"{name}.png")
 
 
 @contextmanager
 def workspace(browser, server, name):
-    """A page of its own, with a screenshot of how it ended."""
+    """A page of its own, with a screenshot of how it ended; the folder in `name` takes its other ones too."""
+    path = SCREENSHOTS / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
     context.set_default_timeout(SLOW)
     page = context.new_page()
     try:
-        yield Workspace(page, server)
+        yield Workspace(page, server, path.parent)
     finally:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        page.screenshot(path=path)
         context.close()
