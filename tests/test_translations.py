@@ -198,7 +198,7 @@ def test_help_explains_every_output(node, language):
 def messages():
     """Every text of the pack's code; what is filled in while it runs is a line break."""
     found = []
-    for path in (*PROJECT.glob("tav_core/*.py"), *PROJECT.glob("nodes/*.py")):
+    for path in (*PROJECT.glob("tav_core/**/*.py"), *PROJECT.glob("nodes/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(
