@@ -1,4 +1,4 @@
-"""The example workflow over HTTP: a full-shape Stable Diffusion 1.5 checkpoint, a video in, a video out."""
+"""The example workflow over HTTP: a checkpoint of Stable Diffusion 1.5's kind, a video in, a video out."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A Stable Diffusion 1.5 checkpoint of full shape and random weights, in a few MB."""
+"""A checkpoint that the host takes for Stable Diffusion 1.5, of random weights, in a few MB."""
 
 import math
 
@@ -9,6 +9,14 @@ from comfy.taesd.taesd import TAESD
 from small import meta_unet
 from tune_a_video.tav_core.store import published
 
+# One level of the UNet's four: a tune of all takes gigabytes, which a machine may not have free.
+ONE_LEVEL = {
+    **SD15,
+    "block_out_channels": [320],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock3D"],
+    "up_block_types": ["CrossAttnUpBlock3D"],
+}
 STRIDE = 7  # from row to row: rows overlap, but none repeats another
 
 
@@ -17,7 +25,7 @@ def write_checkpoint(path):
     clip = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float32).transformer.state_dict()
     clip.pop("text_projection.weight")  # SD 1.x has none
     parts = {
-        "model.diffusion_model.": meta_unet(published.unet_config(SD15)).state_dict(),
+        "model.diffusion_model.": meta_unet(published.unet_config(ONE_LEVEL)).state_dict(),
         "cond_stage_model.transformer.": clip,
         "first_stage_model.": TAESD().state_dict(),
     }
