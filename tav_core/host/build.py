@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.inflation import UNetParts
 from ..method.tuning import PredictionType
 from .comfyui import ModelPatcher, comfy, parts_of
 
@@ -52,6 +53,11 @@ def build_clip(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> comf
 def build_vae(weights: Mapping[str, Tensor]) -> comfy.sd.VAE:
     """A VAE from its state dict, whose architecture the host recognises."""
     return comfy.sd.VAE(sd=dict(weights))
+
+
+def heads_of(parts: UNetParts) -> dict[str, int]:
+    """Attention heads of every transformer block, by its name."""
+    return {name: block.n_heads for name, block in parts.blocks.items()}
 
 
 def set_heads(block: Any, heads: int) -> None:

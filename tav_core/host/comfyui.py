@@ -1,4 +1,4 @@
-"""What this pack asks of ComfyUI, and the only module that imports it.
+"""What this pack asks of ComfyUI, and the only module that imports it; `video` and `build` use it through this one.
 
 What is used is listed in `symbols`, by what for, and looked up when this module is imported. Where something is
 missing, `LOST` says what; this module can be imported still, and `nodes` refuses to run what needs it.
@@ -207,9 +207,6 @@ def load(model: ModelPatcher) -> None:
     comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
 
 
-# --- inflate ----------------------------------------------------------------------------------------------------
-
-
 def others_on(model_options: Mapping[str, Any]) -> list[str]:
     """What other nodes have put on a MODEL: names of the modules and packs that their functions come from."""
 
@@ -268,7 +265,7 @@ def _set_in(options: Mapping[Any, Any], path: str = "") -> Iterator[str]:
             yield here
 
 
-# --- weights and memory ---
+# --- weights and memory ----------------------------------------------------------------------------------------------
 
 
 def effective_weights(model: ModelPatcher, device: torch.device, wanted: Callable[[str], bool] = lambda _name: True):
@@ -333,7 +330,7 @@ def stop_if_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-# --- sample ---
+# --- sample ----------------------------------------------------------------------------------------------------------
 
 
 def guided(model: ModelPatcher, positive: Conditioning, negative: Conditioning, cfg: float) -> comfy.samplers.CFGGuider:
@@ -361,7 +358,7 @@ def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGui
         for key in ("easycache", "lazycache"):
             model.remove_wrappers_with_key(kind, key)
     guider = Unguided(model)
-    guider.set_conds(prompt, prompt)
+    guider.inner_set_conds({"positive": prompt})
     return guider
 
 
@@ -406,11 +403,11 @@ def run_sampler(
         )
     if mask is not None:  # to the bit: DDIM ends a little above the noise level 0
         mask = comfy.sampler_helpers.prepare_mask(mask, out.shape, out.device)
-        out = torch.where(mask == 0, samples.to(out), out * mask + samples.to(out) * (1 - mask))
+        out = torch.where(mask == 0, samples.to(out), out)
     return out
 
 
-# --- folders ---
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def folders() -> list[Path]:

@@ -38,7 +38,7 @@ NEEDS = {
     "sampling": {
         "comfy.samplers:CFGGuider": "__init__(model_patcher) set_conds(positive, negative) set_cfg(cfg) "
         "sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed) "
-        "predict_noise(x, timestep, model_options, seed) model_patcher inner_model conds",
+        "predict_noise(x, timestep, model_options, seed) inner_set_conds(conds) model_patcher inner_model conds",
         "comfy.samplers": "calc_cond_batch(model, conds, x_in, timestep, model_options)",
         "comfy.sampler_helpers": "prepare_mask(noise_mask, shape, device)",
         "comfy.samplers:KSAMPLER": "__init__(sampler_function)",

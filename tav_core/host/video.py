@@ -15,6 +15,7 @@ from torch import Tensor
 from ..method.attention import SparseCausal, wide_heads
 from ..method.inflation import TemporalLayers, UNetParts, inflated, is_inflated
 from ..method.tuning import PredictionType
+from .build import heads_of
 from .comfyui import (
     KEY,
     UNET,
@@ -72,7 +73,7 @@ class Video:
     @property
     def heads(self) -> dict[str, int]:
         """Attention heads of every transformer block."""
-        return {name: block.n_heads for name, block in self.parts.blocks.items()}
+        return heads_of(self.parts)
 
     @property
     def text_width(self) -> int:
@@ -151,7 +152,7 @@ def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tens
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         prompts = len(transformer_options.get("cond_or_uncond", (0,)))
-        frames = frames_of(x, prompts, transformer_options.get(KEY))
+        frames = frames_of(x, prompts, *transformer_options.get(KEY, (None,)))
         videos = x.shape[0] // frames
         # The executor's own module, not the base model's: with several GPUs each has its copy.
         with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm) as attention:
@@ -185,13 +186,14 @@ def _video_attention(attention: SparseCausal, override: Callable | None, device:
     return attend
 
 
-def frames_of(x: Tensor, prompts: int, clip: int | None) -> int:
+def frames_of(x: Tensor, prompts: int, clip: int | None, others: str = "") -> int:
     """The frames of each video in a UNet call, which holds whole videos: one for each prompt, and for each tile.
 
     Args:
         x: the call's batch of frames, video after video.
         prompts: how many of them the host computes in this call.
         clip: frames of the clip that is sampled; None where the UNet is called outside of a sampling run.
+        others: what other nodes have put on the MODEL, for the message.
     Raises ValueError when the batch is no whole number of videos.
     """
     batch = x.shape[0]
@@ -199,14 +201,13 @@ def frames_of(x: Tensor, prompts: int, clip: int | None) -> int:
     if clip and batch % clip == 0:
         videos = batch // clip
         # Fewer videos than prompts: one prompt's alone (whole), or a part of the frames for all prompts, which then
-        # share their latents.
+        # share their latents. A still clip cannot be told from that, and is refused.
         parts = x.chunk(prompts)
         if videos % prompts == 0 or any(not torch.equal(part, parts[0]) for part in parts):
             return clip
     raise ValueError(
         f"another node calls this MODEL with {batch} pictures for {prompts} prompt{'s' * (prompts != 1)}, which are no "
-        f"whole videos of {clip} frames. Remove the node that cuts the batch (context windows, tiles, batch splitting) "
-        "from the MODEL."
+        f"whole videos of {clip} frames. Remove the node that cuts the clip; {_on_it(others)}."
     )
 
 
@@ -215,36 +216,40 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     guider = executor.class_obj
     frames = noise.shape[0]
     refuse_context_windows(guider.model_options, frames)
+    refuse_merged_tunes(guider.model_patcher)
+    others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
         raise ValueError(
             "the latents have a mask and no noise is added, so what the mask keeps would stay the noise that it is. "
             "Use Sample Video, or SamplerCustomAdvanced with the NOISE of DDIM Invert."
         )
     options = guider.model_options.setdefault("transformer_options", {})  # the guider's own, for this run
-    options[KEY] = frames
+    options[KEY] = frames, others
     calls = 0
 
     def check(block: Any, _args: Any) -> None:
         nonlocal calls
         calls += 1
         if not is_inflated(block):
-            raise ValueError(_bypassed(guider.model_options))
+            raise ValueError(
+                "another node computed this MODEL without its inflation, each frame as a picture of its own (DeepCache "
+                f"is of this kind). Remove it; {_on_it(others)}."
+            )
 
     with ExitStack() as undo:
         for block in parts_of(guider.model_patcher.model.diffusion_model).blocks.values():
             undo.callback(block.register_forward_pre_hook(check).remove)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     if not calls and len(sigmas) > 1:
-        raise ValueError(_bypassed(guider.model_options))
+        raise ValueError(
+            "this MODEL was never computed: no prompt is active at these noise levels (timestep ranges), or another "
+            f"node answers in its place; {_on_it(others)}."
+        )
     return out
 
 
-def _bypassed(model_options: Mapping[str, Any]) -> str:
-    return (
-        "another node computed this MODEL without its inflation, each frame as a picture of its own. Remove it: "
-        "DeepCache is of this kind, and on this MODEL are "
-        f"{', '.join(others_on(model_options)) or 'none that tell their names'}."
-    )
+def _on_it(others: str) -> str:
+    return f"on this MODEL are {others or 'none that tell their names'}"
 
 
 def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> None:

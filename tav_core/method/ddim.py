@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-# The reference trains, and its schedule counts, a thousand timesteps; with more steps than this, two of them fall
-# on one timestep or past the last one.
+# The reference trains, and its schedule counts, a thousand timesteps; half of them are more than any edit needs.
 MAX_STEPS = 500
 
 

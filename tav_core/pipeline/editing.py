@@ -54,32 +54,34 @@ def sample_video(
     noise, mask = None, latent.get("noise_mask")
     if mask is not None:
         clip = {"samples": latent[host.KEY]["clip"]}
-        samples, noise = clip["samples"], InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
+        noise = InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
+        samples = clip["samples"]
     guider = host.guided(model, positive, negative, cfg)
     out = host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, steps), noise, mask)
     return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
 
 
 def _check_inverted(video: host.Video, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
-    made = latent.get(host.KEY)
-    if latent.get("noise_mask") is not None and (made is None or not torch.equal(made["inverted"], latent["samples"])):
+    made = latent.get(host.KEY, {})
+    changed = not torch.equal(made.get("inverted", latent["samples"]), latent["samples"])
+    if latent.get("noise_mask") is not None and (changed or "clip" not in made):
         raise ValueError(
             "the latents have a mask, but what it should keep of the clip is not known: they do not come from DDIM "
             "Invert, or were changed since. Connect DDIM Invert, or take the mask off the latents."
         )
-    if made is None:  # noise of another origin, or what a user took for it
+    if changed or not made:  # noise of another origin, changed since, or sampled: another node hands on how it was made
         spread = float(video.latents(latent["samples"]).float().std())
         if spread < sigma / 2:
             raise ValueError(
                 f"these latents are not noise (their standard deviation is {spread:.1f}, {steps} steps start at "
                 f"{sigma:.1f}): connect the inverted latents of DDIM Invert."
             )
-    elif made["steps"] != steps:
+    if made.get("steps", steps) != steps:
         raise ValueError(
             f"the latents were inverted in {made['steps']} steps, but steps is {steps} here: the noise levels would "
             "not meet. Use the same number in both nodes."
         )
-    elif not math.isclose(made.get("sigma", sigma), sigma, rel_tol=1e-4):
+    if not math.isclose(made.get("sigma", sigma), sigma, rel_tol=1e-4):
         raise ValueError(
             f"the latents were inverted to noise level {made['sigma']:.3f}, this MODEL samples from {sigma:.3f}: a "
             "node such as ModelSamplingDiscrete (zsnr) stands before one of the two nodes only. Put it before both."

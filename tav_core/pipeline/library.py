@@ -109,7 +109,7 @@ def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, 
     names = host.own_names(model)
     tensors, config = published.read(path)
     if config is not None:
-        published.check_config(config, {name: block.n_heads for name, block in parts.blocks.items()}, names)
+        published.check_config(config, host.heads_of(parts), names)
     layers = TemporalLayers(parts, device="meta").named()
     shapes = host.shapes_of(model) | {name: parameter.shape for name, parameter in layers.items()}
     base = host.effective_weights(model, torch.device("cpu"))
@@ -142,7 +142,7 @@ def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Pat
     """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `export_published`."""
     apply_weights(model, weights)  # for its checks of names and shapes
     names = host.own_names(model)
-    heads = {name: block.n_heads for name, block in host.parts_of(host.unet_of(model)).blocks.items()}
+    heads = host.heads_of(host.parts_of(host.unet_of(model)))
     config = published.config_of(host.config_of(model), heads, names)
     tensors = published.from_weights(weights, names, host.effective_weights(model, torch.device("cpu")))
     published.write(folder, config, tensors)

@@ -191,6 +191,7 @@ class _Tune:
 
     def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
+        self.saved = self.last_save = len(reports_of(state)) if state else 0
         frames = self.latents.shape[0]
         network = TrainingUNet(self.video, frames, self.precision, recompute, self.context)
         sigmas = self.video.sigmas
@@ -199,7 +200,6 @@ class _Tune:
         if state is not None:
             training.restore(state)
             state.clear()  # a gigabyte
-        self.saved = self.last_save = len(training.reports)
         count = sum(parameter.numel() for parameter in network.trainable.values())
         log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
 
@@ -230,19 +230,23 @@ class _Tune:
         try:
             self.date = self.run.save(training.state(), step)
             self.saved = step
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
             older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
             self.tell(f"step {step} could not be saved ({error}); {older}")
 
     def validate(self, training: Training, validation: Validation) -> None:
-        """Sample the edit with the present weights, and show it. Out of memory ends the previews, not the tune."""
-        step, pictures = len(training.reports), None
-        with host.surviving_out_of_memory():
-            pictures = _sample_edit(self.video.patcher, self.latent, self.result(training), validation)
+        """Sample the edit with the present weights, and show it. What fails in this ends the previews, not the tune."""
+        step, pictures, why = len(training.reports), None, "out of memory"
+        result = self.result(training)
+        try:
+            with host.surviving_out_of_memory():
+                pictures = _sample_edit(self.video.patcher, self.latent, result, validation)
+        except ValueError as error:  # what sampling refuses, of other nodes on the MODEL
+            why = str(error)
         host.unload(self.video.device)
         if pictures is None:
             self.validation = None
-            self.tell(f"no preview at step {step}: out of memory; tuning goes on without previews")
+            self.tell(f"no preview at step {step}: {why}; tuning goes on without previews")
         else:
             validation.show(step, pictures)
 
