@@ -19,7 +19,7 @@ TEMPLATES = sorted(file.stem for file in (PROJECT / "example_workflows").glob("*
 
 def write_settings(base, **settings):
     file = base / "user" / "default" / "comfy.settings.json"
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     settings = {f"Comfy.{name}": value for name, value in settings.items()}
     file.write_text(json.dumps({"Comfy.TutorialCompleted": True, **settings}), encoding="utf-8")
 
@@ -31,7 +31,6 @@ PAGES = {"own": [], "newest": ["--front-end-root", os.environ["TAV_NEWEST_PAGE"]
 @pytest.fixture(scope="module", params=PAGES)
 def server(tmp_path_factory, request):
     base = tmp_path_factory.mktemp("page")
-    write_settings(base)
     server = Server(base, *PAGES[request.param])
     write_checkpoint(base / "models" / "checkpoints" / "sd15.ckpt")
     with server:
@@ -51,6 +50,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, server, request):
+    write_settings(server.base)  # the page keeps there what an earlier test has changed
     with workspace(browser, server, f"{request.node.callspec.params['server']}/{request.node.originalname}") as page:
         yield page
 
