@@ -66,7 +66,7 @@ def test_saves_at_one_time_get_names_of_their_own(folder, model, make_weights):
 SCRIPT = f"""
 import importlib.util, os, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", {str(PROJECT / "tav_core" / "files.py")!r})
+spec = importlib.util.spec_from_file_location("files", {str(PROJECT / "tav_core" / "store" / "files.py")!r})
 files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(files)
 folder, who = Path(sys.argv[1]), sys.argv[2]

@@ -66,7 +66,7 @@ def test_out_and_in_again_is_exact(make_model, shape, clip, prompts, folder):
     model = make_base(make_model, SHAPES[shape])
     with torch.inference_mode():
         learned = OneShotTune.execute(
-            host.inflate(model, "video"), clip, prompts[1], 2, 1e-2, 7, "fp32", False, 0.01, 1.0
+            host.inflate(model, "video"), clip, prompts[1], 2, 1e-2, 7, "fp32", 0.01, 1.0
         ).result[1]
         (name,) = ExportPublished.execute(model, learned, "sub/mine").result
         assert name in LoadPublished.define_schema().inputs[1].options

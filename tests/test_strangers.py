@@ -345,18 +345,16 @@ def test_a_mask_is_honoured_as_in_the_core(core, tuned, prompts, right_half):
     assert torch.equal(before, after)
     assert torch.equal(before[..., :8], CLIP["samples"][..., :8])
     torch.testing.assert_close(theirs[..., :7], CLIP["samples"][..., :7])
-    assert (before - theirs).norm() / theirs.norm() < 0.02  # the core ends at sigma 0
+    assert distance(before, theirs) < 1e-4
     plain = edit(tuned, prompts, 6, cfg=5.0)
     assert not torch.allclose(before[..., 8:], plain[..., 8:], rtol=0.01), "what is kept is seen by what is edited"
 
 
 def test_a_soft_mask_blends_once_as_in_the_core(core, tuned, prompts, right_half):
     soft = right_half * 0.5 + 0.25
-    theirs, ours, _later = masked_ways(core, tuned, prompts, soft)
-    assert distance(ours, theirs) < 0.02
-    differential = patched(core, "DifferentialDiffusion", tuned)
-    theirs, ours, _later = masked_ways(core, differential, prompts, soft)
-    assert distance(ours, theirs) < 0.02
+    for model in (tuned, patched(core, "DifferentialDiffusion", tuned)):
+        theirs, ours, _later = masked_ways(core, model, prompts, soft)
+        assert distance(ours, theirs) < 1e-4
 
 
 def test_a_finished_video_is_not_taken_for_noise(core, tuned, prompts):

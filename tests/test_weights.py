@@ -40,7 +40,7 @@ def sampled(model, clip, prompts):
 def tuned(inflated, clip, prompts):
     """A real tune of two steps: (its MODEL, its weights)."""
     with torch.inference_mode():
-        return OneShotTune.execute(inflated, clip, prompts[1], 2, 1e-3, 7, "fp32", False, 0.01, 1.0).result[:2]
+        return OneShotTune.execute(inflated, clip, prompts[1], 2, 1e-3, 7, "fp32", 0.01, 1.0).result[:2]
 
 
 def test_reloaded_weights_sample_the_same_to_the_bit(tuned, model, clip, prompts, folder):
@@ -393,6 +393,6 @@ def test_one_shot_tune_asks_the_graph(inflated, clip, prompts):
     class InGraph(OneShotTune):  # as the host clones it for each call
         hidden = HiddenHolder.from_dict({Hidden.prompt: GRAPH, Hidden.unique_id: "6"})
 
-    learned: TunedWeights = InGraph.execute(inflated, clip, prompts[1], 1, 1e-3, 7, "fp32", False, 0.01, 1.0).result[1]
+    learned: TunedWeights = InGraph.execute(inflated, clip, prompts[1], 1, 1e-3, 7, "fp32", 0.01, 1.0).result[1]
     assert (learned.caption, learned.stride) == ("a man is skiing", 3)
     assert learned.recipe == Recipe(1, 1e-3, 7)

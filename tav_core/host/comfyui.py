@@ -401,7 +401,7 @@ def run_sampler(
             "the model's predictions became NaN or infinite. Lower cfg, run ComfyUI with --force-fp32"
             + (f", or remove what other nodes put on the MODEL: {found}." if found else ".")
         )
-    if mask is not None:  # to the bit: DDIM ends a little above the noise level 0
+    if mask is not None:  # to the bit: the scale of the model's latents rounds
         mask = comfy.sampler_helpers.prepare_mask(mask, out.shape, out.device)
         out = torch.where(mask == 0, samples.to(out), out)
     return out

@@ -52,10 +52,14 @@ def sample_video(
     sigmas = ddim.ddim_sigmas(video.sigmas, steps).flip(0)
     _check_inverted(video, latent, steps, float(sigmas[0]))
     noise, mask = None, latent.get("noise_mask")
+    if mask is not None and bool((mask == 1).all()):
+        mask = None  # it keeps nothing
     if mask is not None:
         clip = {"samples": latent[host.KEY]["clip"]}
         noise = InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
         samples = clip["samples"]
+        # As the core: what a soft mask blends is the model's last prediction, not what is left of the noise in it.
+        sigmas = torch.cat([sigmas[:-1], sigmas.new_zeros(1)])
     guider = host.guided(model, positive, negative, cfg)
     out = host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, steps), noise, mask)
     return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
