@@ -45,7 +45,7 @@ KINDS = {
     "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2", "qscale": "2"}},
     "h264": {"options": {"r": "10"}},
     "prores.mov": {"codec": "prores_ks", "pixels": "yuv422p10le"},
-    "ten_bits.mp4": {"codec": "libx265", "pixels": "yuv420p10le", "options": {"x265-params": "log-level=none"}},
+    "ten_bits.mp4": {"codec": "libx264", "pixels": "yuv420p10le"},
 }
 
 

@@ -67,7 +67,8 @@ def sample_video(
 
 def _check_inverted(video: host.Video, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
     made = latent.get(host.KEY, {})
-    changed = not torch.equal(made.get("inverted", latent["samples"]), latent["samples"])
+    inverted = made.get("inverted", latent["samples"])
+    changed = inverted is not latent["samples"] and not torch.equal(inverted, latent["samples"])
     if latent.get("noise_mask") is not None and (changed or "clip" not in made):
         raise ValueError(
             "the latents have a mask, but what it should keep of the clip is not known: they do not come from DDIM "

@@ -65,7 +65,7 @@ class TrainingUNet:
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
         operations: Any = PlainOps
         self.unet = type(video.unet)(**config, device="meta", operations=operations)
-        plain = self.unet.float().state_dict()
+        plain = (self.unet.float() if blank else self.unet).state_dict()
         # A quantised MODEL has scales beside its weights; they are applied to those by then.
         source = plain.items() if blank else host.effective_weights(model, self.device, plain.__contains__)
         # Norms and biases stay in float32 too: not every device normalises in mixed precision.
