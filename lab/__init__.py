@@ -1,0 +1,1 @@
+"""What is needed to make and judge the demo's model, and is not shipped to nodes."""
