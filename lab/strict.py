@@ -117,7 +117,9 @@ def whole(truth: Truth, iou: Tensor, old_left: Tensor, fit: Tensor) -> Tensor:
     """Whether each frame shows the whole new object and nothing of the old one, by its figures [f]; bool [f].
 
     Its outline overlaps the drawn one's by LEAST_IOU, at most MOST_OLD of the old object is left, and its pixels fit
-    the new one's sprite at most FIT_BELOW dB worse than the drawn edit's do.
+    the new one's sprite at most FIT_BELOW dB worse than the drawn edit's do. Chosen on 24 drawn edits, two frames each,
+    through the autoencoder: the edit with grain, mirrored, or 7 % smaller and beside its place fits at most 3 dB worse
+    and leaves up to 7.4 %; halves, ghosts, nothing or an object elsewhere fit 6 dB worse and more, in most cases 9 dB.
     """
     return (iou >= LEAST_IOU) & (old_left <= MOST_OLD) & (fit >= truth.fit - FIT_BELOW)
 
