@@ -211,17 +211,23 @@ def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
 def fit_autoencoder(
     vae: networks.TAESD, stage: Stage, out: Path, deadline: float, pool: Tensor, held_out: Tensor
 ) -> None:
-    """Train it on pictures, uint8 [n, 3, h, w], show it on others, 0 … 1, and write it with its latents' scale."""
+    """Train it on pictures, show it on others, and write it with its latents' scale.
+
+    Args:
+        pool: uint8 [n, 3, h, w]; a fourth channel, if there is one, is 255 where errors count three times.
+        held_out: [n, 3, h, w] in 0 … 1.
+    """
     training = Training(vae, stage, out / "autoencoder.pt", deadline)
 
     def loss() -> Tensor:
         picks = torch.randint(len(pool), (stage.batch,))
         x = unit(torch.stack([random_quarter(pool[i]) for i in picks]))
+        x, weight = (x[:, :3], 1 + 2 * x[:, 3:]) if x.shape[1] > 3 else (x, 1)
         with autocast():
             latents = vae.taesd_encoder(x)
             y = vae.taesd_decoder(latents + 0.05 * torch.randn_like(latents)).float()
         latents = latents.float()
-        error = y - x
+        error = weight * (y - x)
         # Errors between neighbours: what blur does to edges.
         edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
         spread = (latents.std((0, 2, 3)) - 1).square().mean() + latents.mean((0, 2, 3)).square().mean()
@@ -236,7 +242,7 @@ def fit_autoencoder(
     training.run(loss, show)
     show()
     with torch.inference_mode(), autocast():
-        latents = vae.taesd_encoder(unit(pool[:512])).float()
+        latents = vae.taesd_encoder(unit(pool[:512, :3])).float()
     with torch.no_grad():
         vae.vae_scale.copy_(networks.LATENT_SCALE * latents.std())
         vae.vae_shift.copy_(-latents.mean() / vae.vae_scale)
