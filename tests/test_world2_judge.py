@@ -67,6 +67,13 @@ def test_the_verb():
     assert judge.figure_right(seen(run, run, walk, run), "running") == 0.75
 
 
+def test_where_a_figure_is():
+    shown = world.draw(DOG)
+    place = judge.places(seen(DOG, CAT), "dog")
+    assert abs(place[0] - shown.positions[0]).max() < 5 and np.isnan(place[1]).all()
+    assert np.array_equal(place[:1], judge.middles(masks(DOG)))
+
+
 def test_looks_that_agree():
     looks = [Scene((Actor("car", look, "red"),), "beach") for look in ("soft", "flat", "flat", "glossy")]
     assert judge.looks(seen(*looks)) == [0, 1, 1, 2] and judge.look_agreement(seen(*looks)) == 0.5

@@ -80,6 +80,22 @@ def whole_place(seen: Seen, place: str) -> Tensor:
     return (seen.shows == number).any(2).any(1) & (island <= LARGEST_ISLAND * other[0].numel())
 
 
+def places(seen: Seen, figure: str) -> np.ndarray:
+    """The middle of a figure's pixels in each frame, x and y in pixels, [f, 2]; NaN where there are none.
+
+    For `measure.motion_correlation` and `position_error`; compare with `middles` of the truth's masks.
+    """
+    return middles(seen.shows == FIGURES.index(figure))
+
+
+def middles(masks: Tensor) -> np.ndarray:
+    """The middle of each mask, x and y in pixels, [f, 2]; NaN of an empty one."""
+    with np.errstate(invalid="ignore"):
+        weight = masks.sum((1, 2)).numpy()
+        down, across = (masks.sum(axis).numpy() @ np.arange(masks.shape[3 - axis]) / weight for axis in (2, 1))
+    return np.stack([across, down], 1)
+
+
 def looks(seen: Seen) -> list[int]:
     """The look of most of the figures' pixels, in each frame; -1 where there is none."""
     return [most(look[shows < PLACE]) for shows, look in zip(seen.shows, seen.look, strict=True)]
