@@ -336,7 +336,7 @@ def moved(actor: Actor, motion: str, time: float) -> Actor:
 
 def _camera(kind: str, time: float, x: float) -> Camera:
     if kind == "pan":
-        return Camera(0.12 - 0.24 * time)
+        return Camera(0.16 * time - 0.08)
     if kind == "zoom":
         return Camera(0.0, 1 + 0.25 * time)
     return Camera(x - 0.5) if kind == "follow" else STILL
