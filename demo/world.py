@@ -145,15 +145,25 @@ def render(scene: Scene, side: int = SIDE) -> Array:
     if not scene.object.endswith("balloon"):
         picture *= _shadow(scene, side)
     picture = Image.fromarray(_bytes(picture))
+    object = placed(scene, side)
+    picture.paste(object, mask=object)
+    return _bytes(_STYLES[scene.style](picture))
+
+
+def placed(scene: Scene, side: int = SIDE, window: int | None = None) -> Image.Image:
+    """The scene's object alone, in no style, where a picture of `side` pixels shows it; RGBA.
+
+    Args:
+        window: pixels of the part that is returned, from the upper left corner; None: the whole picture.
+    """
     sprite, _ = _sprite(scene.look)
     # Where each pixel of the picture lies in the sprite.
     scale = CELL / (scene.size * side)
     mirrored = -scale if scene.flip else scale
     left, top = CELL / 2 - mirrored * scene.x * side, CELL / 2 - scale * scene.y * side
     affine = (mirrored, 0, left, 0, scale, top)
-    placed = sprite.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
-    picture.paste(placed, mask=placed)
-    return _bytes(_STYLES[scene.style](picture))
+    size = window or side
+    return sprite.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
 
 
 # --- objects ----------------------------------------------------------------------------------------------------

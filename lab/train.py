@@ -167,14 +167,18 @@ def _picture(index: int, seed: int) -> np.ndarray:
     return world.render(world.random_scene(seed, index))
 
 
-def pictures(start: int, count: int, seed: int = 0) -> Tensor:
-    """Rendered scenes, uint8 [count, 3, side, side]; on a GPU machine every core renders."""
+def pictures(start: int, count: int, seed: int = 0, picture: Callable[[int, int], np.ndarray] = _picture) -> Tensor:
+    """Rendered scenes, uint8 [count, 3, side, side]; on a GPU machine every core renders.
+
+    Args:
+        picture: from its number and the seed, uint8 [side, side, 3]; a function at the top of a module.
+    """
     indices = range(start, start + count)
     if DEVICE.type == "cuda":
         with ProcessPoolExecutor() as pool:
-            rendered = list(pool.map(partial(_picture, seed=seed), indices, chunksize=64))
+            rendered = list(pool.map(partial(picture, seed=seed), indices, chunksize=64))
     else:
-        rendered = [_picture(index, seed) for index in tqdm(indices, "pictures", mininterval=MININTERVAL)]
+        rendered = [picture(index, seed) for index in tqdm(indices, "pictures", mininterval=MININTERVAL)]
     return torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2)
 
 
@@ -206,19 +210,31 @@ def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
     """Train on random quarters of pictures; then scale latents to unit variance in SD's latent format."""
     torch.manual_seed(0)
     vae = on_device(networks.new_vae())
-    training = Training(vae, stage, out / "autoencoder.pt", deadline)
     pool = pictures(0, stage.pictures)
-    held_out = unit(pictures(0, 32, HELD_OUT))
     start_scale(vae, unit(pool[:64]))
+    fit_autoencoder(vae, stage, out, deadline, pool, unit(pictures(0, 32, HELD_OUT)))
+
+
+def fit_autoencoder(
+    vae: networks.TAESD, stage: Stage, out: Path, deadline: float, pool: Tensor, held_out: Tensor
+) -> None:
+    """Train it on pictures, show it on others, and write it with its latents' scale.
+
+    Args:
+        pool: uint8 [n, 3, h, w]; a fourth channel, if there is one, is 255 where errors count three times.
+        held_out: [n, 3, h, w] in 0 … 1.
+    """
+    training = Training(vae, stage, out / "autoencoder.pt", deadline)
 
     def loss() -> Tensor:
         picks = torch.randint(len(pool), (stage.batch,))
         x = unit(torch.stack([random_quarter(pool[i]) for i in picks]))
+        x, weight = (x[:, :3], 1 + 2 * x[:, 3:]) if x.shape[1] > 3 else (x, 1)
         with autocast():
             latents = vae.taesd_encoder(x)
             y = vae.taesd_decoder(latents + 0.05 * torch.randn_like(latents)).float()
         latents = latents.float()
-        error = y - x
+        error = weight * (y - x)
         # Errors between neighbours: what blur does to edges.
         edges = sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
         spread = (latents.std((0, 2, 3)) - 1).square().mean() + latents.mean((0, 2, 3)).square().mean()
@@ -233,7 +249,7 @@ def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
     training.run(loss, show)
     show()
     with torch.inference_mode(), autocast():
-        latents = vae.taesd_encoder(unit(pool[:512])).float()
+        latents = vae.taesd_encoder(unit(pool[:512, :3])).float()
     with torch.no_grad():
         vae.vae_scale.copy_(networks.LATENT_SCALE * latents.std())
         vae.vae_shift.copy_(-latents.mean() / vae.vae_scale)
@@ -349,15 +365,51 @@ def train_on_captions(
     rows = caption_rows(vocabulary, stage.pictures, 0)
     open_rows = caption_rows(vocabulary, stage.pictures, 0, world.colourless)
     held_out_rows = caption_rows(vocabulary, 256, HELD_OUT)
-    empty = vocabulary.rows([""])[0].to(DEVICE)
 
     torch.manual_seed(1)
     text, unet = networks.new_text_encoder(len(vocabulary)), networks.new_unet()
     if start is not None:
         networks.load(unet, text, start)
-    network = nn.ModuleDict({"text": text, "unet": unet}).to(DEVICE)
+
+    def captioned() -> tuple[Tensor, Tensor]:
+        picks = torch.randint(len(latents), (stage.batch,)).to(DEVICE)
+        told = torch.rand(stage.batch, 1, device=DEVICE) >= colourless
+        return latents[picks].float(), torch.where(told, rows[picks], open_rows[picks])
+
+    prompts = [world.caption(o, b, s) for o, b, s in sample_prompts(open_colours=colourless > 0)]
+    network = nn.ModuleDict({"text": text, "unet": unet})
+    held_out_pairs = (held_out, held_out_rows)
+    fit_captions(network, stage, out, deadline, name, captioned, held_out_pairs, vocabulary, vae, prompts)
+    metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
+    write(out / STAGES[name][1], lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
+
+
+def fit_captions(
+    network: nn.ModuleDict,
+    stage: Stage,
+    out: Path,
+    deadline: float,
+    name: str,
+    captioned: Callable[[], tuple[Tensor, Tensor]],
+    held_out: tuple[Tensor, Tensor],
+    vocabulary: networks.Vocabulary,
+    vae: networks.TAESD,
+    prompts: list[str],
+) -> None:
+    """Train a "text" encoder and a "unet" together.
+
+    Args:
+        name: of the checkpoint and the sample grids in `out`.
+        captioned: a batch of latents, float [b, 4, h, w], and of their captions' rows, [b, 77].
+        held_out: latents and rows that are never trained on.
+        prompts: what to sample for the grids, rows of eight.
+    """
+    network.to(DEVICE)
+    text, unet = network["text"], network["unet"]
     training = Training(network, stage, out / f"{name}.pt", deadline)
     sigmas = sd_sigmas().to(DEVICE)
+    held_out, held_out_rows = held_out
+    empty = vocabulary.rows([""])[0].to(DEVICE)
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """The noise in latents of variance 1."""
@@ -371,9 +423,7 @@ def train_on_captions(
         return (predicted - noise).square().mean((1, 2, 3))
 
     def loss() -> Tensor:
-        picks = torch.randint(len(latents), (stage.batch,)).to(DEVICE)
-        x = latents[picks].float()
-        tokens = torch.where(torch.rand(stage.batch, 1, device=DEVICE) < colourless, open_rows[picks], rows[picks])
+        x, tokens = captioned()
         # A tenth without caption, for guidance; a hundredth of the words unknown.
         words = (tokens != tokens[:, -1:]) & (torch.arange(tokens.shape[1], device=DEVICE) > 0)
         unknown = words & (torch.rand(tokens.shape, device=DEVICE) < 0.01)
@@ -394,24 +444,28 @@ def train_on_captions(
         parts = [i.to(DEVICE) for i in torch.randperm(len(held_out), generator=generator).split(32)]
         error = torch.cat([errors(held_out[i].float(), held_out_rows[i], timesteps[i], noise[i]) for i in parts]).mean()
         tqdm.write(f"{name} step {training.step}: error of the noise {error:.4f}")
-        prompts = [world.caption(o, b, s) for o, b, s in sample_prompts(open_colours=colourless > 0)]
         x = sample(predict, vocabulary.rows(prompts).to(DEVICE), empty, sigmas, noise[: len(prompts)])
         save_grid((vae.decode(x / networks.LATENT_SCALE) / 2 + 0.5).split(8), out / f"{name}_{training.step:06d}.png")
 
     training.run(loss, show)
     show()
-    metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
-    write(out / STAGES[name][1], lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
 
 
 @torch.inference_mode()
-def encoded(vae: networks.TAESD, count: int, folder: Path, seed: int, part: int = 1000) -> Tensor:
+def encoded(
+    vae: networks.TAESD,
+    count: int,
+    folder: Path,
+    seed: int,
+    picture: Callable[[int, int], np.ndarray] = _picture,
+    part: int = 1000,
+) -> Tensor:
     """Latents of the first `count` pictures as the UNet sees them, float16 [count, 4, h, w]; kept in `folder`."""
     folder.mkdir(exist_ok=True)
     for start in range(0, count, part):
         file = folder / f"{start:07d}.pt"
         if not file.exists():
-            batches = pictures(start, min(part, count - start), seed).split(50)
+            batches = pictures(start, min(part, count - start), seed, picture).split(50)
             with autocast():
                 latents = torch.cat([vae.encode(unit(batch) * 2 - 1) for batch in batches])
             write(file, partial(torch.save, (latents * networks.LATENT_SCALE).half().cpu()))
@@ -476,12 +530,21 @@ STAGES = {  # and the file that each leaves behind
 
 
 def main() -> None:
+    run_stages(STAGES, RECIPES, __doc__)
+
+
+def run_stages(
+    stages: dict[str, tuple[Callable[[Stage, Path, float], Any], str]],
+    recipes: dict[str, dict[str, Stage]],
+    description: str | None,
+) -> None:
+    """The command line of a training: each stage by name, with the file that it leaves behind; what is there stays."""
     parser = argparse.ArgumentParser(
-        prog="run.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="run.py train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many minutes, to be resumed")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=stages, default=list(stages))
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
@@ -490,9 +553,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         for name in args.stages:
-            train, product = STAGES[name]
+            train, product = stages[name]
             if not (args.out / product).exists():
-                train(RECIPES[DEVICE.type][name], args.out, deadline)
+                train(recipes[DEVICE.type][name], args.out, deadline)
     except OutOfTime:
         print("Stopped in time; the same command goes on from here.")
 

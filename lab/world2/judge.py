@@ -1,0 +1,135 @@
+"""Figures of an edit of a clip of world 2, by the segmenter and the clip's known truth.
+
+Pictures are float [f, h, w, 3] in 0 … 1; masks bool [f, h, w].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import label
+from torch import Tensor
+
+from .segmenter import CLASSES, PLACE, Segmenter
+from .sprites import FIGURES, LOOKS
+from .world import STYLES, Scene
+
+LEAST_IOU = 0.6  # of a whole object's outline with the drawn one's
+LARGEST_ISLAND = 0.04  # of the pixels of another figure, as a part of the object's; of another place, of the picture
+
+
+class Seen(NamedTuple):
+    """What the segmenter sees: class numbers of pixels, one of CLASSES and one of LOOKS, [f, h, w]; of styles [f]."""
+
+    shows: Tensor
+    look: Tensor
+    style: Tensor
+
+
+@torch.inference_mode()
+def look_at(segmenter: Segmenter, pictures: Tensor) -> Seen:
+    parts = [segmenter(part) for part in pictures.float().movedim(-1, 1).split(32)]
+    return Seen(*(torch.cat(scores).argmax(1) for scores in zip(*parts, strict=True)))
+
+
+def whole_object(seen: Seen, figure: str, drawn: Tensor, mirrored: Tensor) -> Tensor:
+    """Whether each frame shows a whole figure and nothing of another, bool [f].
+
+    Args:
+        drawn, mirrored: masks of the drawn edit's object, and of it facing the other way, which no prompt can tell.
+    """
+    found = seen.shows == FIGURES.index(figure)
+    overlap = torch.maximum(iou(found, drawn), iou(found, mirrored))
+    area = drawn.sum((1, 2)).clamp(min=1)
+    island = torch.tensor([largest_island(frame) for frame in (seen.shows < PLACE) & ~found])
+    return (overlap >= LEAST_IOU) & (island / area <= LARGEST_ISLAND)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of masks, [f]."""
+    return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
+
+
+def largest_island(mask: Tensor) -> int:
+    """Pixels of the largest connected part of a mask [h, w]."""
+    numbers, _ = label(mask.cpu().numpy())
+    return int(np.bincount(numbers.ravel())[1:].max(initial=0))
+
+
+def object_left(seen: Seen, figure: str, drawn: Tensor) -> Tensor:
+    """Share of an edited-away object's pixels, outside the new one's, that still show it, [f].
+
+    Args:
+        drawn: masks of the old object's pixels that the drawn edit does not cover.
+    """
+    return ((seen.shows == FIGURES.index(figure)) & drawn).sum((1, 2)) / drawn.sum((1, 2)).clamp(min=1)
+
+
+def figure_right(seen: Seen, figure: str) -> float:
+    """Share of frames in which most of what is not the place is this figure: a person's verb, or a thing."""
+    return float(np.mean([most(frame[frame < PLACE]) == FIGURES.index(figure) for frame in seen.shows]))
+
+
+def whole_place(seen: Seen, place: str) -> Tensor:
+    """Whether each frame is of this place, without an island of another one, bool [f]."""
+    number = CLASSES.index(place)
+    other = (seen.shows >= PLACE) & (seen.shows != number)
+    island = torch.tensor([largest_island(frame) for frame in other])
+    return (seen.shows == number).any(2).any(1) & (island <= LARGEST_ISLAND * other[0].numel())
+
+
+def places(seen: Seen, figure: str) -> np.ndarray:
+    """The middle of a figure's pixels in each frame, x and y in pixels, [f, 2]; NaN where there are none.
+
+    For `measure.motion_correlation` and `position_error`; compare with `middles` of the truth's masks.
+    """
+    return middles(seen.shows == FIGURES.index(figure))
+
+
+def middles(masks: Tensor) -> np.ndarray:
+    """The middle of each mask, x and y in pixels, [f, 2]; NaN of an empty one."""
+    with np.errstate(invalid="ignore"):
+        weight = masks.sum((1, 2)).numpy()
+        down, across = (masks.sum(axis).numpy() @ np.arange(masks.shape[3 - axis]) / weight for axis in (2, 1))
+    return np.stack([across, down], 1)
+
+
+def looks(seen: Seen) -> list[int]:
+    """The look of most of the figures' pixels, in each frame; -1 where there is none."""
+    return [most(look[shows < PLACE]) for shows, look in zip(seen.shows, seen.look, strict=True)]
+
+
+def look_agreement(seen: Seen) -> float:
+    """Share of frames with the look that most frames have."""
+    found = np.array(looks(seen))
+    return max(float(np.mean(found == look)) for look in range(len(LOOKS)))
+
+
+def most(classes: Tensor) -> int:
+    """The most frequent class; -1 of none."""
+    return int(classes.bincount().argmax()) if len(classes) else -1
+
+
+def picture_right(seen: Seen, wanted: Scene) -> list[dict[str, bool]]:
+    """What of each still picture is as its prompt says: object, look (where it is told), place, style.
+
+    An object is right if another figure's largest island is at most LARGEST_ISLAND of it, and it is not tiny.
+    """
+    actor = wanted.actors[0]
+    number = FIGURES.index(actor.figure)
+    rows = []
+    for shows, look, style, place in zip(*seen, whole_place(seen, wanted.place), strict=True):
+        found = shows == number
+        other = largest_island((shows < PLACE) & ~found)
+        size = int(found.sum())
+        rows.append(
+            {
+                "object": size > 0.02 * shows.numel() and other <= LARGEST_ISLAND * size,
+                "look": "look" not in actor.tells or most(look[found]) == list(LOOKS).index(actor.look),
+                "place": bool(place),
+                "style": int(style) == list(STYLES).index(wanted.style),
+            }
+        )
+    return rows

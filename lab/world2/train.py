@@ -1,0 +1,206 @@
+"""Train the models of world 2: segmenter; autoencoder and text-to-image, which go on from the demo's.
+
+  python tools/pack.py lab.world2.train --out FOLDER [--minutes N]     (TAV_HOST names a ComfyUI folder)
+
+Start it again to go on where it stopped; --minutes stops it in time. The finished models lie in FOLDER, beside
+checkpoints and sample grids.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...demo import model
+from .. import networks
+from ..train import (
+    DEVICE,
+    HELD_OUT,
+    Stage,
+    Training,
+    autocast,
+    encoded,
+    fit_autoencoder,
+    fit_captions,
+    pictures,
+    run_stages,
+    spoilt,
+    unit,
+    write,
+)
+from . import judge, segmenter, world
+from .sprites import FIGURES, LOOKS
+from .world import PLACES, STYLES, Actor, Scene
+
+RECIPES = {
+    "cpu": {
+        "segmenter": Stage(steps=3000, batch=32, pictures=6000, lr=2e-3),
+        "autoencoder": Stage(steps=2200, batch=16, pictures=3000, lr=1e-3, average=100),
+        "text_to_image": Stage(steps=6000, batch=16, pictures=10000, lr=2e-3),
+    },
+    "cuda": {
+        "segmenter": Stage(steps=6000, batch=128, pictures=50000, lr=2e-3),
+        "autoencoder": Stage(steps=8000, batch=64, pictures=20000, lr=2e-3),
+        "text_to_image": Stage(steps=30000, batch=512, pictures=200000, lr=2e-3, average=1000),
+    },
+}
+
+
+def picture(index: int, seed: int) -> np.ndarray:
+    """Picture number `index` of the stream `seed`, uint8 [side, side, 3]."""
+    return world.render(world.random_scene(seed, index))
+
+
+def weighed(index: int, seed: int) -> np.ndarray:
+    """The same with a fourth channel that is 255 on the actors, uint8 [side, side, 4]."""
+    shown = world.draw(world.random_scene(seed, index))
+    return np.concatenate([shown.picture, 255 * shown.masks.any(0)[..., None].astype(np.uint8)], 2)
+
+
+def rows(vocabulary: networks.Vocabulary, count: int, seed: int) -> Tensor:
+    """Vocabulary rows of the captions of the first `count` pictures, [count, 77]."""
+    return vocabulary.rows(world.random_scene(seed, i).caption for i in range(count)).to(DEVICE)
+
+
+def prompts() -> list[str]:
+    """Each figure once, with places, looks and styles in turn, and a few whose look is told."""
+    turns = [
+        (figure, look, list(PLACES)[i % len(PLACES)], list(STYLES)[i // 2 % len(STYLES)])
+        for i, (figure, look) in enumerate(zip((*FIGURES, *FIGURES[::3]), list(LOOKS) * 4, strict=True))
+    ]
+    return [
+        Scene((Actor(figure, look, tells=("look",) if i >= len(FIGURES) else ()),), place, style).caption
+        for i, (figure, look, place, style) in enumerate(turns)
+    ]
+
+
+def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
+    """On from the demo's, on random quarters of pictures, whose actors count more than the place."""
+    torch.manual_seed(0)
+    vae = networks.new_vae()
+    vae.load_state_dict(model.part(load_file(model.WEIGHTS), model.VAE_PREFIX))
+    vae.to(DEVICE).to(memory_format=torch.channels_last)
+    pool = pictures(0, stage.pictures, 0, weighed)
+    fit_autoencoder(vae, stage, out, deadline, pool, unit(pictures(0, 32, HELD_OUT, picture)))
+
+
+def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
+    """On from the demo's UNet and text encoder, whose vocabulary grows."""
+    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
+    vae.load_state_dict(torch.load(out / "vae.pt", map_location=DEVICE, weights_only=True))
+    latents = encoded(vae, stage.pictures, out / "latents", 0, picture)
+    held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT, picture)
+    vocabulary = networks.Vocabulary(world.captions())
+    captions = rows(vocabulary, stage.pictures, 0)
+
+    def captioned() -> tuple[Tensor, Tensor]:
+        picks = torch.randint(len(latents), (stage.batch,)).to(DEVICE)
+        return latents[picks].float(), captions[picks]
+
+    torch.manual_seed(1)
+    network = nn.ModuleDict({"text": networks.new_text_encoder(len(vocabulary)), "unet": networks.new_unet()})
+    start_from(model.WEIGHTS, network, vocabulary)
+    held_out_pairs = (held_out, rows(vocabulary, 256, HELD_OUT))
+    fit_captions(network, stage, out, deadline, "text_to_image", captioned, held_out_pairs, vocabulary, vae, prompts())
+    metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
+    save = partial(networks.save, network["unet"], network["text"], vocabulary.ids, vae, metadata=metadata)
+    write(out / "model.safetensors", lambda file: save(file=file))
+
+
+@torch.no_grad()
+def start_from(file: Path, network: nn.ModuleDict, vocabulary: networks.Vocabulary) -> None:
+    """Give a network the weights of a model with the same layers; words that it does not know keep their own."""
+    weights = load_file(file)
+    ids, known = weights[model.IDS], weights[model.ROWS].float()
+    own = network["text"].get_input_embeddings().weight
+    new = own.clone()
+    for row, token in enumerate(vocabulary.ids.tolist()):
+        old = (ids == token).nonzero()
+        new[row] = known[old[0, 0]] if len(old) else new[row]
+    new[-1] = known[-1]
+    network["text"].load_state_dict({**model.part({**weights, model.ROWS: new}, model.TEXT_PREFIX)})
+    network["unet"].load_state_dict(model.part(weights, model.UNET_PREFIX))
+
+
+def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
+    """On rendered pictures made worse at random, half of them cut together from two."""
+    torch.manual_seed(2)
+    network = segmenter.Segmenter().to(DEVICE).to(memory_format=torch.channels_last)
+    training = Training(network, stage, out / "segmenter.pt", deadline)
+    pool, styles = judged(stage.pictures, 0, out / "judged.pt")
+    held_out, held_out_styles = judged(500, HELD_OUT, out / "judged_held_out.pt")
+
+    def loss() -> Tensor:
+        picks = torch.randint(len(pool), (stage.batch,))
+        batch = pool[picks]
+        batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
+        half = len(batch) // 2
+        cut = half_planes(half, batch.shape[-1])
+        batch = torch.cat([torch.where(cut, batch[:half], batch[half:].roll(1, 0)), batch[half:]])
+        shows, look = (batch[:, i].long().to(DEVICE) for i in (3, 4))
+        with autocast():
+            scores = network(spoilt(unit(batch[:, :3])))
+        wrong = F.cross_entropy(scores.shows.float(), shows)
+        wrong = wrong + 0.5 * F.cross_entropy(scores.look.float(), look, ignore_index=segmenter.NO_LOOK)
+        # A picture that is cut together has no one style.
+        return wrong + 0.1 * F.cross_entropy(scores.style[half:].float(), styles[picks[half:]].to(DEVICE))
+
+    @torch.inference_mode()
+    def show() -> dict[str, str]:
+        seen = judge.look_at(network, unit(held_out[:, :3]).movedim(1, -1))
+        shows, look = (held_out[:, i].to(DEVICE) for i in (3, 4))
+        figures = shows < segmenter.PLACE
+        report = {
+            "figure_pixels": (seen.shows == shows)[figures].float().mean(),
+            "place_pixels": (seen.shows == shows)[~figures].float().mean(),
+            "look_pixels": (seen.look == look)[figures].float().mean(),
+            "style": (seen.style == held_out_styles.to(DEVICE)).float().mean(),
+        }
+        report = {name: f"{value.item():.4f}" for name, value in report.items()}
+        tqdm.write(f"segmenter step {training.step}, held-out shares right: {report}")
+        return report
+
+    training.run(loss, show)
+    network.half().float()  # judged as it is kept
+    write(out / "segmenter.safetensors", lambda file: segmenter.save(network, file, show()))
+
+
+def labelled(index: int, seed: int) -> np.ndarray:
+    """Picture number `index` of the stream `seed`, with each pixel's class and look, uint8 [side, side, 5]."""
+    scene = world.random_scene(seed, index)
+    shown = world.draw(scene)
+    truth = segmenter.truth_of(scene, shown)
+    return np.concatenate([shown.picture, truth.shows[..., None], truth.look[..., None]], 2)
+
+
+def judged(count: int, seed: int, file: Path) -> tuple[Tensor, Tensor]:
+    """Labelled pictures, uint8 [count, 5, side, side], kept in a file; and their styles, [count]."""
+    if not file.exists():
+        write(file, partial(torch.save, pictures(0, count, seed, labelled)))
+    styles = [list(STYLES).index(world.random_scene(seed, i).style) for i in range(count)]
+    return torch.load(file, weights_only=True), torch.tensor(styles)
+
+
+def half_planes(count: int, side: int) -> Tensor:
+    """Random halves of a picture, each cut near its middle at any angle, bool [count, 1, side, side]."""
+    angle = torch.rand(count, 1, 1) * 2 * torch.pi
+    at = 0.5 + 0.2 * (torch.rand(2, count, 1, 1) - 0.5)
+    steps = (torch.arange(side) + 0.5) / side
+    return ((steps[None, None] - at[0]) * angle.cos() + (steps[None, :, None] - at[1]) * angle.sin() > 0)[:, None]
+
+
+STAGES = {  # and the file that each leaves behind
+    "segmenter": (train_segmenter, "segmenter.safetensors"),
+    "autoencoder": (train_autoencoder, "vae.pt"),
+    "text_to_image": (train_text_to_image, "model.safetensors"),
+}
+
+if __name__ == "__main__":
+    run_stages(STAGES, RECIPES, __doc__)
