@@ -120,7 +120,7 @@ def whole(truth: Truth, iou: Tensor, old_left: Tensor, fit: Tensor) -> Tensor:
     the new one's sprite at most FIT_BELOW dB worse than the drawn edit's do. Chosen on 24 drawn edits, two frames each,
     through the autoencoder. Called right: the edit with grain and mirrored 100 %, 7 % smaller and beside its place 98 %
     (it fits at most 2.9 dB worse); halves, ghosts, the old object, none, or the new one elsewhere 0 % (4.2 to 19 dB
-    worse); the new object before the old one 23 %, all of which it hides to nine tenths or more.
+    worse); the new object before the old one 23 %, where at most 12 % of the old one stick out.
     """
     return (iou >= LEAST_IOU) & (old_left <= MOST_OLD) & (fit >= truth.fit - FIT_BELOW)
 
