@@ -391,7 +391,7 @@ def fit_captions(
     deadline: float,
     name: str,
     captioned: Callable[[], tuple[Tensor, Tensor]],
-    held_out: tuple[Tensor, Tensor],
+    held_out_pairs: tuple[Tensor, Tensor],
     vocabulary: networks.Vocabulary,
     vae: networks.TAESD,
     prompts: list[str],
@@ -401,14 +401,14 @@ def fit_captions(
     Args:
         name: of the checkpoint and the sample grids in `out`.
         captioned: a batch of latents, float [b, 4, h, w], and of their captions' rows, [b, 77].
-        held_out: latents and rows that are never trained on.
+        held_out_pairs: latents and rows that are never trained on.
         prompts: what to sample for the grids, rows of eight.
     """
     network.to(DEVICE)
     text, unet = network["text"], network["unet"]
     training = Training(network, stage, out / f"{name}.pt", deadline)
     sigmas = sd_sigmas().to(DEVICE)
-    held_out, held_out_rows = held_out
+    held_out, held_out_rows = held_out_pairs
     empty = vocabulary.rows([""])[0].to(DEVICE)
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
