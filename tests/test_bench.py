@@ -6,7 +6,7 @@ import bench
 import pytest
 import sides
 
-ARGUMENTS = ["--frames", "3", "--size", "64", "--steps", "2", "--device", "cpu"]
+ARGUMENTS = ["--frames", "3", "--size", "64", "--steps", "3", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_both_sides_agree_and_the_report_is_whole(narrow, tmp_path, capsys):
     assert report["steps"].keys() == set(sides.KINDS)
     for figures in report["steps"].values():
         assert figures["equal"]
-        assert len(figures["pack"]["seconds"]) == len(figures["baseline"]["seconds"]) == 2
+        assert len(figures["pack"]["seconds"]) == len(figures["baseline"]["seconds"]) == 3
         assert figures["ratio"] == pytest.approx(figures["pack"]["median"] / figures["baseline"]["median"])
         assert min(figures["pack"][name] for name in ("peak", "flop", "moved")) > 0
         assert figures["baseline"]["peak"] > 0

@@ -112,7 +112,8 @@ class Workspace:
         field = self.page.get_by_placeholder(re.compile("Search Nodes|Add a node"))  # an older page, a newer one
         self._until(lambda: self.page.mouse.dblclick(800, 500), field, "visible", 5000)
         field.fill(text)
-        self.page.get_by_role("option").filter(has_text=text).first.click()
+        # By its letters' case: Load CLIP is the host's, Load Clip ours.
+        self.page.get_by_role("option").filter(has_text=re.compile(re.escape(text))).first.click()
         field.wait_for(state="detached")
 
     # --- running ---
