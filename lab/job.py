@@ -240,7 +240,7 @@ def main() -> None:
     except FFmpegError as error:
         sys.exit(f"run.py: error: {args.video} cannot be read as a video ({error}): name an mp4, webm or mov file.")
     figures = measure_own(videos) if args.video else measure_demo(prompt, videos)
-    psnr = measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures)
+    psnr = float(measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures).mean())
     report = {"edits": figures, "reconstruction PSNR": round(psnr, 2), "seconds": seconds}
     keep(videos, figures, report)
     print(table(figures))

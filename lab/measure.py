@@ -77,9 +77,9 @@ def change_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(coarse)[0, 1])
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    return float(-10 * (a - b).square().mean().log10())
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, [n], of each picture, [n, …] in 0 … 1."""
+    return -10 * (a - b).square().flatten(1).mean(1).log10()
 
 
 def channels_first(pictures: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..demo import model as demo_model
 from ..demo import world
-from . import classifier
+from . import classifier, measure
 from .host import prepare_noise, sample
 
 FLOORS = {"object": 0.85, "background": 0.95, "style": 0.90, "vae_psnr": 26.0}
@@ -105,7 +105,7 @@ def round_trip(vae, pictures: list[np.ndarray]) -> float:
     """Mean peak signal-to-noise ratio of pictures through the autoencoder, dB."""
     x = torch.from_numpy(np.stack(pictures)).float() / 255
     y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(50)]).to(x)
-    return float((-10 * (x - y).square().mean((1, 2, 3)).log10()).mean())
+    return float(measure.psnr(x, y).mean())
 
 
 def grid(pictures: Tensor, prompts: list[str], right: np.ndarray, columns: int = 8) -> Image.Image:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..demo import world
-from . import classifier, networks
+from . import classifier, measure, networks
 from .optimizer import Muon, has_bfloat16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,7 +243,7 @@ def fit_autoencoder(
 
     def show() -> None:
         y = reconstruct(vae, held_out)
-        tqdm.write(f"autoencoder step {training.step}: {psnr(y, held_out).mean():.2f} dB")
+        tqdm.write(f"autoencoder step {training.step}: {measure.psnr(y, held_out).mean():.2f} dB")
         save_grid([held_out[:8], y[:8], held_out[8:16], y[8:16]], out / "autoencoder.png")
 
     training.run(loss, show)
@@ -274,11 +274,6 @@ def random_quarter(picture: Tensor) -> Tensor:
 def reconstruct(vae: networks.TAESD, x: Tensor) -> Tensor:
     """Pictures through the autoencoder, 0 … 1 -> 0 … 1."""
     return torch.cat([vae.decode(vae.encode(part * 2 - 1)) for part in x.split(32)]).div(2).add(0.5).clamp(0, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in 0 … 1, [n]."""
-    return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
 # --- classifier -----------------------------------------------------------------------------------------------------
