@@ -13,7 +13,7 @@ from comfy_api.latest import InputImpl, Types
 from pack import PROJECT
 from tune_a_video.nodes import LoadClip, PrepareClip
 from tune_a_video.tav_core import host
-from videos import picture, turn, write_video
+from videos import BLUE, picture, turn, write_video
 
 RAMPS = [picture(number) for number in range(30)]
 SHARP = {"crf": "1"}
@@ -26,7 +26,7 @@ def load(source, start=0.0, unit="seconds", stride=1, count=4, width=64, height=
 
 def numbers(clip):
     """Which frames of the ramps a clip shows."""
-    return [round(float(blue) * 255 / 5) for blue in clip[..., 2].mean((1, 2))]
+    return [round(float(blue) * 255 / BLUE) for blue in clip[..., 2].mean((1, 2))]
 
 
 def shown(source, **inputs):
