@@ -69,8 +69,7 @@ def truth(clip: Clip, object: str, through: Callable[[Tensor], Tensor] = lambda 
     Args:
         through: the autoencoder there and back, so that its faults are not counted as the edit's.
 
-    Raises:
-        ValueError: where the clip is not of the plain style, or the world has no such object.
+    Raises ValueError when the clip is not of the plain style, or the world has no such object.
     """
     if any(scene.style != "plain" for scene in clip.scenes):
         raise ValueError("Only clips of the plain style can be judged strictly.")

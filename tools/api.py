@@ -63,8 +63,8 @@ class Comfy:
 
         Args:
             on_event: told all that the page would be: JSON messages by their type, binary ones as "binary".
-        Raises:
-            Refused: the prompt is not valid.
+
+        Raises Refused when the prompt is not valid.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
 

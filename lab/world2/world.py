@@ -294,8 +294,7 @@ def make_clip(
 ) -> Clip:
     """A clip of an actor moving in its gait; `other` is the one that crosses its way, in motion "cross" only.
 
-    Raises:
-        ValueError: when the world has no such motion, camera, place or style, or a number is out of range.
+    Raises ValueError when the world has no such motion, camera, place or style, or a number is out of range.
     """
     for what, number, least in (("frames", frames, 1), ("side", side, 8), ("seed", seed, 0)):
         if number < least:

@@ -23,6 +23,7 @@ def build_model(
 
     Args:
         heads: attention heads by name of transformer block, where they differ from the configuration's.
+
     Raises ValueError when names or shapes do not fit the configuration.
     """
     config = comfy.supported_models.SD15({**unet_config})

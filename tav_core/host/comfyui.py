@@ -377,6 +377,7 @@ def run_sampler(
         callback: the host's: step, denoised, x, number of steps. Called before each step is taken.
         noise: added to `samples` at the first of `sigmas`; None where they are at that level already.
         mask: where the samples are replaced, as the host has it in a LATENT; elsewhere they stay. None replaces all.
+
     Raises ValueError when the result is not finite.
     """
 

@@ -194,6 +194,7 @@ def frames_of(x: Tensor, prompts: int, clip: int | None, others: str = "") -> in
         prompts: how many of them the host computes in this call.
         clip: frames of the clip that is sampled; None where the UNet is called outside of a sampling run.
         others: what other nodes have put on the MODEL, for the message.
+
     Raises ValueError when the batch is no whole number of videos.
     """
     batch = x.shape[0]

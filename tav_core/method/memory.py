@@ -133,8 +133,8 @@ def plan(memory: str, estimate: Callable[[str], Estimate], free: int, frames: in
         estimate: of a step that recomputes one of `inflation.RECOMPUTE`.
         free: bytes.
         width, height: of the clip, in pixels.
-    Raises:
-        MemoryError: nothing fits; it says by how much, and what would.
+
+    Raises MemoryError when nothing fits; it says by how much, and what would.
     """
     for recompute in {"auto": RECOMPUTE, "fast": RECOMPUTE[:1], "low": RECOMPUTE[-1:]}[memory]:
         need = estimate(recompute)

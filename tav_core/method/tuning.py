@@ -154,8 +154,8 @@ class Training:
             latents: the clip in the model's space, float32, [f, c, h, w].
             sigmas: the model's noise level at each timestep, [T].
             on_step: called after each step; an exception from it ends the run.
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite; nothing of that step was written.
+
+        Raises FloatingPointError when the loss or the gradient is not finite; nothing of that step was written.
         """
         parameters = list(self.trainable.values())
         for number in range(len(self.reports) + 1, self.recipe.steps + 1):

@@ -20,9 +20,9 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
         fit: `crop` fills the size and cuts what hangs over, `pad` fits inside on black, `stretch` distorts.
     Returns:
         [count, height, width, c], 0 to 1, float32.
-    Raises:
-        ValueError: the clip is too short (the message says what fits), the size is no multiple of 8, or the frames
-            are no pictures that could be brought to it.
+
+    Raises ValueError when the clip is too short (the message says what fits), the size is no multiple of 8, or the
+    frames are no pictures that could be brought to it.
     """
     if frames.ndim != 4 or 0 in frames.shape or not frames.is_floating_point():
         raise ValueError("there are no frames: connect the images of a video (Get Video Components).")

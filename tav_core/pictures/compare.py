@@ -32,8 +32,8 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
         labels: their captions, in the same order; an empty or missing one is left out.
     Returns:
         [f, h, w, 3], 0 to 1, float32.
-    Raises:
-        ValueError: one of them is no clip, or the whole would be too large for a video file.
+
+    Raises ValueError when one of them is no clip, or the whole would be too large for a video file.
     """
     for name, video in videos.items():
         if video.ndim != 4 or 0 in video.shape or video.shape[3] not in (1, 3, 4) or not video.is_floating_point():

@@ -53,9 +53,8 @@ class Clip(NamedTuple):
 def load_clip(video: File | Pictures, wanted: Wanted) -> Clip:
     """The wanted frames of a video. Only these are converted, resized and kept.
 
-    Raises:
-        ValueError: an input is out of its range, the video cannot be read, or it is too short (the message says what
-            fits).
+    Raises ValueError when an input is out of its range, the video cannot be read, or it is too short (the message says
+    what fits).
     """
     _check(wanted)
     try:

@@ -88,8 +88,8 @@ class File:
         stop: called for each packet that is read; what it raises ends the reading.
         rate: mean frames per second.
         tick: seconds of the unit in which its times are counted.
-    Raises:
-        ValueError: it is no video that can be read; the message says why.
+
+    Raises ValueError when it is no video that can be read.
     """
 
     source: str | BytesIO

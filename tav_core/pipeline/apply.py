@@ -20,6 +20,7 @@ def apply_weights(
     Args:
         motion: strength of the temporal attention.
         content: strength of the change in the queries.
+
     Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
     temporal = TemporalLayers(host.parts_of(host.unet_of(model)))

@@ -97,10 +97,10 @@ def one_shot_tune(
         validation: None samples nothing.
         tell: called with what the user should know: resumed, reused, not saved, out of memory, what of the model and
             the latents is not used.
-    Raises:
-        ValueError: the inputs do not fit each other, or the caption carries what a tune cannot use.
-        MemoryError: it does not fit, by the estimate or in fact.
-        FloatingPointError: the loss, the gradient or what was learned is not finite.
+
+    Raises ValueError when the inputs do not fit each other or the caption carries what a tune cannot use, MemoryError
+    when it does not fit, by the estimate or in fact, and FloatingPointError when the loss, the gradient or what was
+    learned is not finite.
     """
     prompts = {"caption": caption}
     if validation is not None:

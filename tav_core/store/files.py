@@ -100,9 +100,7 @@ def write_new(folder: Path, prefix: str, ending: str, write: Callable[[Path], ob
     All of it or nothing. Nothing is replaced, also where the disk or another process takes two names for one: a name is
     claimed by a hidden folder, made for it alone, in which `write` works.
 
-    Raises:
-        ValueError: as `inside`, or when the folder cannot be made.
-        OSError: the disk does not take it.
+    Raises ValueError as `inside`, or when the folder cannot be made, and OSError when the disk does not take it.
     """
     parent = inside(folder, prefix).parent
     try:

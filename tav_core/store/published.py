@@ -223,6 +223,7 @@ def to_weights(
         names: as in `split`.
         shapes: of every tensor, temporal layers included, by the host's names.
         base: (host's name, float32) of every tensor of the image UNet; one at a time is enough.
+
     Raises ValueError when tensors are missing or do not fit.
     """
     every = all_names(names)
@@ -435,6 +436,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Write `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder that may not exist yet.
 
     The configuration is written last: a folder without it is not listed.
+
     Raises ValueError when the disk does not take them.
     """
     unet = folder / "unet"
