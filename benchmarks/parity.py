@@ -74,10 +74,10 @@ def figures(folder: Path):
     """Yield (name, relative L2 error) of each figure, or (name, what the folder's golden numbers lack for it)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     golden = load_file(folder / "golden.safetensors")
-    names = host.published_names(published.unet_config(config))
-    base, temporal_weights = published.split(load_file(folder / "unet3d.safetensors"), names)
+    names = host.published_names(published.to_unet_config(config))
+    base, temporal_weights = published.to_unet(load_file(folder / "unet3d.safetensors"), names)
     model = host.build_model(
-        published.unet_config(config),
+        published.to_unet_config(config),
         base,
         config.get("prediction_type", "epsilon"),
         published.heads_per_block(config, names),

@@ -129,9 +129,9 @@ class Pack:
 
     def __init__(self, other: Baseline, config: dict[str, Any]):
         self.other = other
-        unet_config = published.unet_config(config)
+        unet_config = published.to_unet_config(config)
         names = host.published_names(unet_config)
-        base, temporal_weights = published.split(other.model.unet.state_dict(), names)
+        base, temporal_weights = published.to_unet(other.model.unet.state_dict(), names)
         heads = published.heads_per_block(config, names)
         model = load_model(unet_config, base, heads)
         temporal = TemporalLayers(host.parts_of(host.unet_of(model)))

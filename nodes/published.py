@@ -38,7 +38,7 @@ class LoadPublished(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, published=None) -> bool | str:
-        return library.problem_with(published)
+        return library.problem_with(published) or True
 
     @classmethod
     def fingerprint_inputs(cls, model, published) -> str:
@@ -46,7 +46,7 @@ class LoadPublished(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, published) -> io.NodeOutput:
-        return io.NodeOutput(*library.import_published(model, published))
+        return io.NodeOutput(*library.load_published(model, published))
 
 
 class ExportPublished(io.ComfyNode):
@@ -83,4 +83,4 @@ class ExportPublished(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weights, folder_prefix) -> io.NodeOutput:
-        return io.NodeOutput(library.export_published(model, weights, folder_prefix))
+        return io.NodeOutput(library.save_published(model, weights, folder_prefix))

@@ -68,7 +68,7 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        return library.problem_with(file)
+        return library.problem_with(file) or True
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str:

@@ -65,7 +65,7 @@ def make_model():
     """Build a small MODEL with random weights, as inference tensors, which is what a live server has."""
 
     def make(seed=0, prediction_type="epsilon", **config):
-        unet_config = published.unet_config({**TINY, **config})
+        unet_config = published.to_unet_config({**TINY, **config})
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
             return host.build_model(unet_config, random_weights(unet_config, generator), prediction_type)

@@ -71,7 +71,7 @@ def test_fingerprint_follows_what_is_computed(make_model, inflated, tuned):
 def test_controlnet_steers_the_video(core, tuned, clip, prompts):
     _, model = tuned
     of_unets_only = ("out_channels", "use_temporal_attention")
-    config = {key: value for key, value in published.unet_config(TINY).items() if key not in of_unets_only}
+    config = {key: value for key, value in published.to_unet_config(TINY).items() if key not in of_unets_only}
     operations = comfy.ops.disable_weight_init
     network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=operations)
     with torch.inference_mode():

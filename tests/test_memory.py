@@ -72,7 +72,7 @@ def test_stable_diffusion_1_takes_less_than_8_gib(request):
     if not (torch.cuda.is_available() or request.config.getoption("--full-size")):
         pytest.skip("needs a GPU, or --full-size and half an hour")
     faulthandler.cancel_dump_traceback_later()  # which would end a test of ten minutes
-    config = published.unet_config(SD15)
+    config = published.to_unet_config(SD15)
     with torch.inference_mode():
         model = host.inflate(
             host.build_model(config, random_weights(config, torch.Generator().manual_seed(0))), "video"
@@ -89,7 +89,7 @@ def test_stable_diffusion_1_takes_less_than_8_gib(request):
 @pytest.fixture(scope="module")
 def full_size():
     """Stable Diffusion 1.5's UNet, inflated; its weights are never written, so they take no memory."""
-    config = published.unet_config(SD15)
+    config = published.to_unet_config(SD15)
     base = comfy.supported_models.SD15({**config})
     base.unet_config = {**config, "dtype": torch.float32}
     cpu = torch.device("cpu")

@@ -129,7 +129,7 @@ DETECTED = {
 @pytest.mark.parametrize("family", DETECTED)
 def test_full_size_models_as_the_host_detects_them(family):
     wanted = DETECTED[family]
-    config = comfy.model_detection.model_config_from_unet(meta_unet(published.unet_config(wanted)).state_dict(), "")
+    config = comfy.model_detection.model_config_from_unet(meta_unet(published.to_unet_config(wanted)).state_dict(), "")
     with torch.device("meta"):
         base = comfy.model_base.BaseModel(config)
     model = ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
@@ -137,7 +137,8 @@ def test_full_size_models_as_the_host_detects_them(family):
     blocks = host.parts_of(host.unet_of(model)).blocks
     names = host.own_names(model)
     assert len(names) == 686
-    written = published.config_of(base.model_config.unet_config, {n: b.n_heads for n, b in blocks.items()}, names)
+    heads = {name: block.n_heads for name, block in blocks.items()}
+    written = published.from_unet_config(base.model_config.unet_config, heads, names)
     assert {key: written[key] for key in wanted} == wanted
 
 

@@ -306,7 +306,7 @@ def models():
 
     def build(prediction_type="epsilon", **config):
         # Twice as wide as tiny: with one channel a group, torch has rules for one pixel that no real model meets.
-        unet_config = published.unet_config({**TINY, "block_out_channels": [64, 64], **config})
+        unet_config = published.to_unet_config({**TINY, "block_out_channels": [64, 64], **config})
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
             return host.build_model(unet_config, random_weights(unet_config, generator), prediction_type)

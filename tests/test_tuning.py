@@ -55,7 +55,7 @@ def test_every_trainable_tensor_trains_and_no_other(inflated, clip, prompts):
 
 
 def test_stable_diffusion_1_trains_112_tensors_of_74_million_parameters():
-    unet = meta_unet(published.unet_config(SD15))
+    unet = meta_unet(published.to_unet_config(SD15))
     temporal = TemporalLayers(host.parts_of(unet), device="meta")
     named = {**dict(unet.named_parameters()), **temporal.named()}
     trainable = [p.numel() for name, p in named.items() if tuning.trains(name)]

@@ -24,7 +24,7 @@ def weights_folder() -> Path:
 
 def weights_list() -> list[str]:
     """Names of the weights files that can be loaded, in all folders."""
-    return [name for name in host.file_names() if _found(name)]
+    return [name for name in host.file_names() if not problem_with(name)]
 
 
 def published_list() -> list[str]:
@@ -32,7 +32,7 @@ def published_list() -> list[str]:
     names = set()
     for folder in host.folders():
         names |= set(published.sources(host.names_inside(folder)))
-    return sorted(name for name in names if _found(name))
+    return sorted(name for name in names if not problem_with(name))
 
 
 def find(name: str) -> Path:
@@ -47,16 +47,14 @@ def find(name: str) -> Path:
     )
 
 
-def problem_with(name: str | None) -> bool | str:
-    """True when a name can be read, else why not; a name that another node will make is not known yet (None)."""
+def problem_with(name: str | None) -> str | None:
+    """Why a name cannot be found, or None; of a name that another node will make (None) no problem is known."""
     try:
-        return name is None or bool(find(name))
+        if name is not None:
+            find(name)
     except ValueError as error:
         return str(error)
-
-
-def _found(name: str) -> bool:
-    return problem_with(name) is True
+    return None
 
 
 def stamp(name: str) -> str:
@@ -89,7 +87,7 @@ def load_weights(name: str) -> TunedWeights:
     return load_file(path)
 
 
-def import_published(model: host.ModelPatcher, name: str) -> tuple[TunedWeights, str]:
+def load_published(model: host.ModelPatcher, name: str) -> tuple[TunedWeights, str]:
     """A published model as weights for this base, and a report of what else differs from the base.
 
     Raises ValueError as `find` and `read_published` do.
@@ -100,14 +98,14 @@ def import_published(model: host.ModelPatcher, name: str) -> tuple[TunedWeights,
 
 
 def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, str]:
-    """`import_published` of a folder or file anywhere.
+    """`load_published` of a folder or file anywhere.
 
     Raises ValueError when it is no published Tune-A-Video model, or of another shape.
     """
     parts = host.parts_of(host.unet_of(model))
     family = host.family_of(model)
     names = host.own_names(model)
-    tensors, config = published.read(path)
+    tensors, config = published.from_disk(path)
     if config is not None:
         published.check_config(config, host.heads_of(parts), names)
     layers = TemporalLayers(parts, device="meta").named()
@@ -120,7 +118,7 @@ def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, 
     return weights, report
 
 
-def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str) -> str:
+def save_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str) -> str:
     """Write a base with its weights as a published model into a new folder; its name.
 
     Raises ValueError when they do not fit each other, ValueError and OSError as `files.write_new` does.
@@ -139,10 +137,10 @@ def export_published(model: host.ModelPatcher, weights: TunedWeights, prefix: st
 
 
 def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Path) -> None:
-    """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `export_published`."""
+    """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `save_published`."""
     apply_weights(model, weights)  # for its checks of names and shapes
     names = host.own_names(model)
     heads = host.heads_of(host.parts_of(host.unet_of(model)))
-    config = published.config_of(host.config_of(model), heads, names)
+    config = published.from_unet_config(host.config_of(model), heads, names)
     tensors = published.from_weights(weights, names, host.effective_weights(model, torch.device("cpu")))
-    published.write(folder, config, tensors)
+    published.to_disk(folder, config, tensors)

@@ -1,7 +1,8 @@
 """The form in which tuned models are published: a diffusers `unet/` folder of the reference implementation.
 
 Its tensors are those of the image UNet in diffusers' names, plus `attn_temp.*` and `norm_temp.*` in every
-transformer block. (Reference: UNet3DConditionModel in models/unet.py.)
+transformer block. (Reference: UNet3DConditionModel in models/unet.py.) `to_…` makes something of this form, `from_…`
+makes this form of something.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STORED = (torch.float32, torch.float16, torch.bfloat16)  # in which weights are 
 # --- names and configuration ------------------------------------------------------------------------------------
 
 
-def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def to_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The host's `UNetModel` configuration for a diffusers `config.json`.
 
     The host's UNet has one number of heads; `heads_per_block` gives every block's own.
@@ -79,7 +80,7 @@ def heads_per_level(config: Mapping[str, Any]) -> list[int]:
 
 
 def heads_per_block(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """Attention heads of every transformer block, by the host's name; `names` as in `split`."""
+    """Attention heads of every transformer block, by the host's name; `names` as in `to_unet`."""
     down = heads_per_level(config)
     levels = {"down_blocks": down, "up_blocks": down[::-1]}
 
@@ -100,14 +101,14 @@ def _blocks(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def all_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Published name → host's name of every tensor, temporal layers included; `names` as in `split`."""
+    """Published name → host's name of every tensor, temporal layers included; `names` as in `to_unet`."""
     parts = [f"attn_temp.{layer}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
     parts += ["attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias"]
     temporal = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in _blocks(names).items() for part in parts}
     return {**names, **temporal}
 
 
-def split(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def to_unet(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A published state dict as (image UNet, temporal layers), both in the host's names.
 
     Args:
@@ -119,15 +120,17 @@ def split(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict
     return {name: tensor for name, tensor in own.items() if name not in temporal}, temporal
 
 
-def config_of(unet_config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
-    """The reference's `config.json` for a host's `UNetModel` configuration: the inverse of `unet_config`.
+def from_unet_config(
+    unet_config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The reference's `config.json` for a host's `UNetModel` configuration: the inverse of `to_unet_config`.
 
     A UNet that the reference's class cannot be (see `regular`) gets the host's own configuration, which this pack
     alone reads.
 
     Args:
         heads: attention heads of every transformer block, by the host's name.
-        names: as in `split`.
+        names: as in `to_unet`.
     """
     channels = [unet_config["model_channels"] * factor for factor in unet_config["channel_mult"]]
     per_level: dict[int, int] = {}
@@ -187,7 +190,7 @@ def regular(unet_config: Mapping[str, Any]) -> bool:
 def check_config(config: Mapping[str, Any], heads: Mapping[str, int], names: Mapping[str, str]) -> None:
     """Compare a `config.json` with a model where the tensors cannot tell.
 
-    Raises ValueError when the attention heads or the frames attended to differ; arguments as in `config_of`.
+    Raises ValueError when the attention heads or the frames attended to differ; arguments as in `from_unet_config`.
     """
     try:
         theirs = heads_per_block(config, names)
@@ -220,7 +223,7 @@ def to_weights(
     """A published state dict as (change of the queries, temporal layers, report of what else differs from the base).
 
     Args:
-        names: as in `split`.
+        names: as in `to_unet`.
         shapes: of every tensor, temporal layers included, by the host's names.
         base: (host's name, float32) of every tensor of the image UNet; one at a time is enough.
 
@@ -272,7 +275,7 @@ def _distance(published: Tensor, base: Tensor) -> float:
 
 
 def _in_the_papers_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """A state dict of FateZero's layout in the paper's names; any other as it is. `names` as in `split`.
+    """A state dict of FateZero's layout in the paper's names; any other as it is. `names` as in `to_unet`.
 
     Raises ValueError when its temporal convolutions do something: Tune-A-Video has none.
     """
@@ -371,7 +374,7 @@ def sources(paths: Iterable[str]) -> list[str]:
     return sorted(map(str, folders | single))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def from_disk(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """(tensors by published name, config.json where there is one) of a folder or a single file.
 
     Raises ValueError for what cannot be read, or not safely.
@@ -432,7 +435,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def to_disk(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `unet/config.json` and `unet/diffusion_pytorch_model.safetensors` into a folder that may not exist yet.
 
     The configuration is written last: a folder without it is not listed.

@@ -25,7 +25,7 @@ def write_checkpoint(path):
     clip = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float32).transformer.state_dict()
     clip.pop("text_projection.weight")  # SD 1.x has none
     parts = {
-        "model.diffusion_model.": meta_unet(published.unet_config(ONE_LEVEL)).state_dict(),
+        "model.diffusion_model.": meta_unet(published.to_unet_config(ONE_LEVEL)).state_dict(),
         "cond_stage_model.transformer.": clip,
         "first_stage_model.": TAESD().state_dict(),
     }

@@ -31,7 +31,7 @@ STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
 
 
 def tune(folder: Path, tell, on_step=lambda _step: None, steps: int = STEPS):
-    config = published.unet_config(TINY)
+    config = published.to_unet_config(TINY)
     generator = torch.Generator().manual_seed(0)
     model = host.inflate(host.build_model(config, random_weights(config, generator)), "video")
     latents = {"samples": torch.randn(4, 4, 8, 8, generator=generator) * 5}
