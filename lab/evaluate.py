@@ -31,6 +31,7 @@ from ..tav_core import host
 from ..tav_core.method import ddim
 from ..tav_core.method.attention import SparseCausal
 from ..tav_core.method.tuning import Recipe
+from ..tav_core.pictures import image
 from ..tav_core.pipeline import editing
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import one_shot_tune
@@ -82,7 +83,7 @@ class Studio:
         return [[self.clip.encode_from_tokens(self.clip.tokenize(text)), {}]]
 
     def latents(self, pictures: np.ndarray) -> dict[str, Tensor]:
-        return {"samples": self.vae.encode(torch.from_numpy(pictures).float() / 255)}
+        return {"samples": self.vae.encode(image.from_bytes(pictures))}
 
     def decode(self, latent: dict[str, Tensor]) -> Tensor:
         return self.vae.decode(latent["samples"]).clamp(0, 1)
@@ -182,7 +183,7 @@ def edits(clip: Clip, new: tuple[str, ...]) -> dict[str, Scene]:
 def drawn(clip: Clip, head: str, wanted: Scene) -> Tensor:
     """The edit as it should be, pictures [f, h, w, 3] in 0 … 1: the world drawn again with one thing changed."""
     scenes = [replace(scene, **{head: getattr(wanted, head)}) for scene in clip.scenes]
-    return torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).float() / 255
+    return image.from_bytes(np.stack([world.render(scene) for scene in scenes]))
 
 
 def judge_edit(studio: Studio, clip: Clip, head: str, wanted: Scene, pictures: Tensor) -> dict[str, float]:
@@ -211,7 +212,7 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
         measured = judge_edit(studio, clip, head, wanted[head], pictures)
         rows.append({"method": method, "clip": clip.caption, "motion_kind": motion, "edit": head, **measured})
 
-    source = {clip.caption: torch.from_numpy(clip.frames).float() / 255}
+    source = {clip.caption: image.from_bytes(clip.frames)}
     edited: dict[str, dict[str, Tensor]] = {}
     for name in methods:
         started = time.perf_counter()

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..demo import world
+from ..tav_core.pictures import image
 from ..tav_core.pictures.compare import side_by_side
 from ..tools.api import Comfy, Prompt, Refused, failure, find, to_api
 from . import classifier, measure, sheet
@@ -142,7 +143,7 @@ def read(file: bytes) -> Video:
     with av.open(io.BytesIO(file)) as video:
         rate = video.streams.video[0].average_rate or Fraction(8)
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-    return Video(torch.from_numpy(frames).float() / 255, Fraction(rate), file)
+    return Video(image.from_bytes(frames), Fraction(rate), file)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..demo import model as demo_model
 from ..demo import world
+from ..tav_core.pictures import image
 from . import classifier, measure
 from .host import prepare_noise, sample
 
@@ -103,7 +104,7 @@ def generate(model, clip, vae, prompts: list[str], batch: int = 25) -> Tensor:
 
 def round_trip(vae, pictures: list[np.ndarray]) -> float:
     """Mean peak signal-to-noise ratio of pictures through the autoencoder, dB."""
-    x = torch.from_numpy(np.stack(pictures)).float() / 255
+    x = image.from_bytes(np.stack(pictures))
     y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(50)]).to(x)
     return float(measure.psnr(x, y).mean())
 

@@ -20,6 +20,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from ..demo import world
 from ..demo.world import Clip, Scene
+from ..tav_core.pictures import image
 
 VISIBLE = 0.12  # difference in a channel from which on two pixels are not alike
 OLD = 0.4  # part of the way from the drawn pixel to the source's at which the old object is seen through
@@ -87,7 +88,7 @@ def truth(clip: Clip, object: str, through: Callable[[Tensor], Tensor] = lambda 
 
 
 def rendered(scenes: list[Scene]) -> Tensor:
-    return torch.from_numpy(np.stack([world.render(scene) for scene in scenes])).float() / 255
+    return image.from_bytes(np.stack([world.render(scene) for scene in scenes]))
 
 
 def masks(scenes: list[Scene]) -> Tensor:

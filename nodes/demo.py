@@ -1,8 +1,8 @@
-import torch
 from comfy_api.latest import io
 
 from ..demo.model import load
 from ..demo.world import BACKGROUNDS, MOTIONS, OBJECTS, make_clip
+from ..tav_core.pictures import image
 from .schema import CATEGORY, found_by
 
 FPS = 8.0
@@ -76,4 +76,4 @@ class DemoClip(io.ComfyNode):
     @classmethod
     def execute(cls, motion, object, background, frames, size, seed) -> io.NodeOutput:
         clip = make_clip(motion, object, background, frames=frames, side=size, seed=seed)
-        return io.NodeOutput(torch.from_numpy(clip.frames).float() / 255, FPS, clip.caption)
+        return io.NodeOutput(image.from_bytes(clip.frames), FPS, clip.caption)

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..tav_core import host
 from ..tav_core.method.memory import MEMORY
 from ..tav_core.method.tuning import Recipe
-from ..tav_core.pictures.clip import to_image
+from ..tav_core.pictures import image
 from ..tav_core.pictures.plot import curve_with_edit, loss_curve, with_note
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune, runs_folder
@@ -216,7 +216,7 @@ class OneShotTune(io.ComfyNode):
             validation=validation,
             tell=tell,
         )
-        plot = to_image(with_note(loss_curve(weights.losses, steps), "\n".join(told)))
+        plot = image.from_picture(with_note(loss_curve(weights.losses, steps), "\n".join(told)))
         if not told:
             told.append(f"trained {steps} steps")
             host.progress_text(node, told[0])  # the page shows progress text, but no PreviewText of such a node

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...demo import model as demo_model
+from ...tav_core.pictures import image
 from .. import chimeras
 from . import judge, segmenter, world
 from .sprites import FIGURES, LOOKS
@@ -56,7 +57,7 @@ def drawn(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
     """Pictures [n, h, w, 3] in 0 … 1 of scenes with one actor, and its masks [n, h, w]."""
     shown = [world.draw(scene) for scene in scenes]
     pictures, masks = (np.stack(part) for part in ([s.picture for s in shown], [s.masks[0] for s in shown]))
-    return torch.from_numpy(pictures).float() / 255, torch.from_numpy(masks)
+    return image.from_bytes(pictures), torch.from_numpy(masks)
 
 
 def examine(
@@ -67,7 +68,7 @@ def examine(
     (old_pictures, old_masks), (new_pictures, new_masks) = drawn(old), drawn(new)
     mirrored_pictures, mirrored_masks = drawn([other_way(scene) for scene in new])
     smaller, _ = drawn([other_way(other_way(scene, 0.94)) for scene in new])
-    plates = torch.from_numpy(np.stack([world.plate(scene) for scene in new])).float() / 255
+    plates = image.from_bytes(np.stack([world.plate(scene) for scene in new]))
     pair = chimeras.Pair(old_pictures, new_pictures, plates, old_masks, new_masks)
 
     def whole(pictures: Tensor) -> float:

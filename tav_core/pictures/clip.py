@@ -2,7 +2,6 @@
 
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -90,10 +89,3 @@ def resize(frames: Tensor, width: int, height: int, fit: str, pixel_aspect: floa
     top, left = (height - scaled[0]) // 2, (width - scaled[1]) // 2
     pictures = F.pad(pictures, (left, width - scaled[1] - left, top, height - scaled[0] - top))
     return rearrange(pictures, "b c h w -> b h w c").contiguous()
-
-
-def to_image(picture) -> Tensor:
-    """A PIL picture as IMAGE, [1, h, w, 3], 0 to 1."""
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255

@@ -1,4 +1,4 @@
-"""Clips side by side, each under its caption."""
+"""Clips side by side, each under its label."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
-from . import lettering as caption
-from .clip import to_image
+from . import image, lettering
 
 IN_A_ROW = 3
 GAP = 2  # pixels between two clips
-MARGIN = 4  # pixels around a caption
-CAPTION_LINES = 3
+MARGIN = 4  # pixels around a label
+LABEL_LINES = 3
 LARGEST = 16384  # pixels, the most that H.264 holds
 
 
@@ -29,7 +29,7 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
 
     Args:
         videos: IMAGE by name, [f, h, w, 1, 3 or 4], 0 to 1. The names are for errors.
-        labels: their captions, in the same order; an empty or missing one is left out.
+        labels: what is written above them, in the same order; an empty or missing one is left out.
     Returns:
         [f, h, w, 3], 0 to 1, float32.
 
@@ -49,7 +49,7 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
             f"{len(clips)} clips of {height} pixels' height would be {lefts[-1]} pixels wide side by side, and a video "
             f"holds {LARGEST} at most: make them smaller, or compare fewer."
         )
-    titles = [_titles(labels[i : i + columns], lefts, widths, height) for i in range(0, len(clips), columns)]
+    titles = [_row_of_labels(labels[i : i + columns], lefts, widths, height) for i in range(0, len(clips), columns)]
     tops = list(accumulate((title.shape[1] + height + GAP for title in titles), initial=0))
 
     out = torch.ones(max(map(len, clips)), _even(tops[-1] - GAP), _even(lefts[-1] - GAP), 3)
@@ -85,20 +85,18 @@ def _fit(clip: Tensor, height: int, width: int) -> Tensor:
     return rearrange(pictures, "f c h w -> f h w c")
 
 
-def _titles(labels: Sequence[str], lefts: Sequence[int], widths: Sequence[int], height: int) -> Tensor:
-    """The captions of a row, [1, h, w, 3]; h is 0 where there is none. Their size goes with the clips' height."""
-    from PIL import Image
-
+def _row_of_labels(labels: Sequence[str], lefts: Sequence[int], widths: Sequence[int], height: int) -> Tensor:
+    """The labels of a row, [1, h, w, 3]; h is 0 where there is none. Their size goes with the clips' height."""
     size = min(max(height // 24, 12), 48)
     texts = [
-        caption.wrap(label, width - 2 * MARGIN, size, CAPTION_LINES)
+        lettering.wrap(label, width - 2 * MARGIN, size, LABEL_LINES)
         for label, width in zip(labels, widths, strict=False)
     ]
     lines = max(map(len, texts), default=0)
     if not lines:
         return torch.ones(1, 0, 1, 3)
-    title_height = _even(lines * caption.line_height(size) + 2 * MARGIN)
-    canvas = Image.new("RGB", (lefts[-1] - GAP, title_height), caption.PAPER)
+    title_height = _even(lines * lettering.line_height(size) + 2 * MARGIN)
+    canvas = Image.new("RGB", (lefts[-1] - GAP, title_height), lettering.PAPER)
     for text, left in zip(texts, lefts, strict=False):
-        caption.write(canvas, (left + MARGIN, MARGIN), text, size)
-    return to_image(canvas)
+        lettering.write(canvas, (left + MARGIN, MARGIN), text, size)
+    return image.from_picture(canvas)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 PAPER, INK = "#ffffff", "#202020"
 LONGEST = 1000  # characters; more than any line holds, and laying out a whole book would take minutes
@@ -16,11 +15,8 @@ SYSTEM_FONTS = ("msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK
                 "arial.ttf", "Arial Unicode.ttf", "DejaVuSans.ttf")  # fmt: skip
 
 
-def write(canvas: Image, at: tuple[int, int], lines: list[str], size: int = 12, ink: str = INK) -> None:
+def write(canvas: Image.Image, at: tuple[int, int], lines: list[str], size: int = 12, ink: str = INK) -> None:
     """Draw lines below each other, from the upper left corner `at`; what the canvas does not hold is cut off."""
-    # Imported here, and below: drawing is needed by few nodes only, importing the pack must stay quick.
-    from PIL import ImageDraw
-
     draw, (x, y) = ImageDraw.Draw(canvas), at
     for i, line in enumerate(lines):
         draw.text((x, y + i * line_height(size)), line, fill=ink, font=_font(line, size))
@@ -57,8 +53,6 @@ def wrap(text: str, width: int, size: int = 12, most: int = 100) -> list[str]:
 
 def _font(text: str, size: int) -> FreeTypeFont:
     """Pillow's own font, or where that lacks letters of the text, the font of the system that lacks the fewest."""
-    from PIL import ImageFont
-
     fonts: list = [ImageFont.load_default(size)]
     if _lacking(fonts[0], text):
         for name in SYSTEM_FONTS:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from . import lettering as caption
+from PIL import Image, ImageDraw
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from . import lettering
 
 PAPER, INK, GRID, RAW, SMOOTH = "#1e1e1e", "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
 MARGIN_LEFT, MARGIN = 64, 28
@@ -18,14 +16,11 @@ NOTE_LINES = 12  # more would leave the curve no room where the page shows the p
 FONT = 14  # readable where the page draws the picture at two thirds of its size
 
 
-def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: int = HEIGHT) -> Image:
+def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     """A picture of the loss of each step so far, raw and as an exponential mean, on an axis of `steps`.
 
     A single step's loss mostly shows which timestep was drawn; the mean shows the training.
     """
-    # Imported here: drawing is needed by one node only, importing the pack must stay quick.
-    from PIL import Image, ImageDraw
-
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     top = max(losses, default=1.0) * 1.05 or 1.0
@@ -53,13 +48,11 @@ def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: 
     return picture
 
 
-def curve_with_edit(losses: Sequence[float], steps: int, frame: Image, label: str) -> Image:
+def curve_with_edit(losses: Sequence[float], steps: int, frame: Image.Image, label: str) -> Image.Image:
     """The curve, narrower, with a frame of a preview on its right: together as large as the curve alone.
 
     The page gives a node's picture little room, and makes it as small as its longer side asks for.
     """
-    from PIL import Image, ImageDraw
-
     picture = Image.new("RGB", (WIDTH, HEIGHT))
     picture.paste(loss_curve(losses, steps, WIDTH - EDIT), (0, 0))
     scale = min(EDIT / frame.width, HEIGHT / frame.height)
@@ -70,15 +63,13 @@ def curve_with_edit(losses: Sequence[float], steps: int, frame: Image, label: st
     return picture
 
 
-def with_note(picture: Image, text: str) -> Image:
+def with_note(picture: Image.Image, text: str) -> Image.Image:
     """A picture with text below it, at most `NOTE_LINES`; as it is where there is no text."""
-    from PIL import Image
-
     if not text:
         return picture
-    lines = caption.wrap(text, picture.width - 2 * MARGIN, FONT, NOTE_LINES)
-    height = picture.height + len(lines) * caption.line_height(FONT) + MARGIN // 2
+    lines = lettering.wrap(text, picture.width - 2 * MARGIN, FONT, NOTE_LINES)
+    height = picture.height + len(lines) * lettering.line_height(FONT) + MARGIN // 2
     noted = Image.new("RGB", (picture.width, height), PAPER)
     noted.paste(picture, (0, 0))
-    caption.write(noted, (MARGIN, picture.height), lines, FONT, INK)
+    lettering.write(noted, (MARGIN, picture.height), lines, FONT, INK)
     return noted

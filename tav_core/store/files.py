@@ -1,4 +1,4 @@
-"""Files from and for strangers: names that stay in their folder, whole writes, headers checked before trusted."""
+"""Untrusted file names and files: names that stay in their folder, headers checked before trusted, whole writes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import tempfile
 import time
 import unicodedata
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MAX_HEADER = 16 << 20  # bytes; a full-size UNet's is 0.1 MB
@@ -180,7 +184,7 @@ def _said(name: str) -> Iterator[None]:
     """What the disk does not take, in one line that names the file."""
     try:
         yield
-    except (OSError, _safetensors_error()) as error:
+    except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"{name} could not be written: {why}. Free some space or choose another folder.") from None
 
@@ -195,16 +199,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
 
@@ -283,12 +279,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises ValueError as `read_header` does.
     """
-    from safetensors.torch import load_file
-
     _, metadata = read_header(path)
     try:
         return load_file(path), metadata
-    except _safetensors_error():
+    except SafetensorError:
         raise ValueError(f"{path.name} is a damaged safetensors file: fetch or copy it again.") from None
 
 
@@ -310,9 +304,6 @@ def read_torch(path: Path) -> Any:
 
     Raises ValueError for anything else, including files of torch before 1.6, whose pickle says how much to allocate.
     """
-    import pickle
-    import zipfile
-
     refuse_text(path)
     try:
         with zipfile.ZipFile(path) as archive:
