@@ -1,27 +1,14 @@
-import logging
-import time
-from collections import deque
 from dataclasses import replace
-from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..tav_core import host
 from ..tav_core.method.memory import MEMORY
 from ..tav_core.method.tuning import Recipe
-from ..tav_core.pictures import image
-from ..tav_core.pictures.plot import curve_with_edit, loss_curve, with_note
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune, runs_folder
 from . import graph
 from .schema import CATEGORY, Weights, advanced, found_by
-
-log = logging.getLogger(__name__)
-
-PICTURE_SECONDS = 0.5  # the page need not redraw the curve more often
-# A preview is played like a flip-book, a frame with each picture: the page draws progress pictures on a canvas, where
-# an animated file would stand still.
-EDIT_FPS = 8
+from .tune_view import TuneView
 
 
 class OneShotTune(io.ComfyNode):
@@ -165,45 +152,10 @@ class OneShotTune(io.ComfyNode):
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         prompt, node = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else (None, None)
-        known = {"caption": graph.caption_of(prompt, node), "stride": graph.stride_of(prompt, node)}
-        show = host.progress(steps)
-        losses: list[float] = []
-        told: list[str] = []
-        drawn = 0.0
-        edit: deque[Any] = deque()  # the frames of the latest preview, the one that is shown in front
-        edited = 0  # the step that it was made at
-
-        def on_step(step):
-            nonlocal drawn
-            losses[step.number - 1 :] = [step.loss]  # a step that is done again replaces its first report
-            picture, now = None, time.monotonic()
-            if now - drawn > (1 / EDIT_FPS if edit else PICTURE_SECONDS) or step.number == steps:
-                drawn = now
-                edit.rotate(-1)  # one after the other, however slow the steps are
-                picture = draw()
-            show(step.number, picture)
-
-        def draw():
-            if edit:
-                picture = curve_with_edit(losses, steps, edit[0], f"edit at step {edited}")
-            else:
-                picture = loss_curve(losses, steps)
-            return with_note(picture, "\n".join(told))
-
-        def on_edit(step, frames):
-            nonlocal edit, edited
-            edit, edited = deque(frames), step
-            show(step, draw())
-
-        def tell(text):
-            told.append(text)
-            log.info("Tune-A-Video: %s", text)
-            host.progress_text(node, "\n".join(told))
-            show(len(losses), draw())  # newer pages clear that text when the job ends, but leave the last picture
-
+        view = TuneView(node, steps)
         validation = None
         if validation_prompt is not None:
-            validation = Validation(validation_prompt, validation_negative, validation_every, on_edit)
+            validation = Validation(validation_prompt, validation_negative, validation_every, view.on_edit)
         weights = one_shot_tune(
             model,
             latents,
@@ -211,23 +163,13 @@ class OneShotTune(io.ComfyNode):
             recipe,
             precision,
             memory,
-            on_step,
+            view.on_step,
             saving=Saving(runs_folder(), save_every, reuse == "restart"),
             validation=validation,
-            tell=tell,
+            tell=view.tell,
         )
-        plot = image.from_picture(with_note(loss_curve(weights.losses, steps), "\n".join(told)))
-        if not told:
-            told.append(f"trained {steps} steps")
-            host.progress_text(node, told[0])  # the page shows progress text, but no PreviewText of such a node
-        text = "\n".join(told)
-        report = f"{text}\n{_summary(weights.losses)}"
+        plot = view.plot()
+        text, report = view.report()
         tuned = apply_weights(model, weights)
+        known = {"caption": graph.caption_of(prompt, node), "stride": graph.stride_of(prompt, node)}
         return io.NodeOutput(tuned, replace(weights, **known), plot, report, ui=ui.PreviewText(text))
-
-
-def _summary(losses: list[float]) -> str:
-    """The loss at both ends of a tune. A single step's mostly shows which timestep was drawn."""
-    part = max(len(losses) // 10, 1)
-    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
-    return f"mean loss of the first {part} of {len(losses)} steps: {first:.4f}, of the last {part}: {last:.4f}"

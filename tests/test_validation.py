@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
-from tune_a_video.nodes import OneShotTune
-from tune_a_video.nodes import tune as tune_node
+from tune_a_video.nodes import OneShotTune, tune_view
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.pictures.plot import EDIT, HEIGHT, WIDTH
@@ -116,7 +115,7 @@ def test_a_prompt_of_another_model_is_refused_before_step_1(tune, shown):
 
 def test_the_node_plays_the_preview_beside_the_curve(inflated, clip, prompts, monkeypatch):
     pictures = []
-    monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: 1.0))  # the second step comes at once
+    monkeypatch.setattr(tune_view, "time", SimpleNamespace(monotonic=lambda: 1.0))  # the second step comes at once
     monkeypatch.setattr(host, "progress", lambda _steps: lambda _done, picture=None: pictures.append(picture))
     values = {"steps": 3, "learning_rate": 1e-4, "seed": 0, "precision": "fp32"}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 2}
@@ -133,8 +132,8 @@ def test_the_node_shows_every_frame_of_a_preview_in_turn(inflated, clip, prompts
     """However long a step takes."""
     shown = []
     seconds = count(step=3.0)
-    monkeypatch.setattr(tune_node, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(tune_node, "curve_with_edit", lambda _losses, _steps, frame, _label: shown.append(frame))
+    monkeypatch.setattr(tune_view, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(tune_view, "curve_with_edit", lambda _losses, _steps, frame, _label: shown.append(frame))
     values = {"steps": 12, "learning_rate": 1e-4, "seed": 0, "precision": "fp32"}
     values |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "validation_prompt": prompts[0], "validation_every": 6}
     with torch.inference_mode():
