@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..demo import world
 from ..tav_core.pictures import image
 from ..tav_core.pictures.compare import side_by_side
-from ..tools.api import Comfy, Prompt, Refused, failure, find, to_api
+from ..tools.api import Comfy, Graph, Prompt, Refused, failure, to_api
 from . import classifier, measure, sheet
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -58,45 +58,28 @@ def quickstart(comfy: Comfy) -> Prompt:
 
 def own_clip(comfy: Comfy, video: Path, caption: str, checkpoint: str, edits: list[str]) -> Prompt:
     """The workflow for a checkpoint, on a video of the user's, with an output for the source and for each edit."""
-    prompt = prompt_of(comfy, "2-Your own video")
-
-    def change(kind: str, title: str | None = None, **inputs: Any) -> str:
-        number = find(prompt, kind, title)
-        prompt[number]["inputs"] |= inputs
-        return number
-
+    graph = Graph(prompt_of(comfy, "2-Your own video"))
     with av.open(str(video)) as source:
         available = source.streams.video[0].frames or sum(1 for _ in source.decode(video=0))
     count = min(24, available)
-    change("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    change("LoadVideo", file=comfy.upload(video))
-    change("CLIPTextEncode", "caption: what the clip shows", text=caption)
-    clip = change("TAVLoadClip", count=count, stride=2 if 2 * count <= available else 1)
-    chain = {kind: find(prompt, kind) for kind in ("TAVSampleVideo", "VAEDecode", "CreateVideo", "SaveVideo")}
-    chain["CLIPTextEncode"] = find(prompt, "CLIPTextEncode", "edit: what you want to see")
-    parts = {name: prompt.pop(number) for name, number in chain.items()}
-    names = {number: kind for kind, number in chain.items()}
+    graph.set("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    graph.set("LoadVideo", file=comfy.upload(video))
+    graph.set("caption: what the clip shows", text=caption)
+    clip = graph.set("TAVLoadClip", count=count, stride=2 if 2 * count <= available else 1)
+    empty = graph.find("empty: source and negative prompt")
+    text = graph.find("edit: what you want to see")
+    output = [create := graph.find("CreateVideo"), graph.find("SaveVideo")]
+    sampling = [sample := graph.find("TAVSampleVideo"), graph.find("VAEDecode")]
 
-    def add(name: str, kinds: list[str], **inputs: dict[str, Any]) -> None:
-        """A copy of those nodes, which lead to each other as the workflow's own do."""
-        for kind in kinds:
-            node = parts[kind]
-            linked = {
-                slot: [f"{name}.{names[value[0]]}", value[1]]
-                if isinstance(value, list) and value[0] in names
-                else value
-                for slot, value in node["inputs"].items()
-            }
-            prompt[f"{name}.{kind}"] = {**node, "inputs": linked | inputs.get(kind, {}), "_meta": {"title": name}}
-
-    empty = [find(prompt, "CLIPTextEncode", "empty: source and negative prompt"), 0]
-    output = ["CreateVideo", "SaveVideo"]
-    add("source", output, CreateVideo={"images": [clip, 0]})
-    back = {"cfg": 1.0, "positive": empty}
-    add("reconstruction", ["TAVSampleVideo", "VAEDecode", *output], TAVSampleVideo=back)
+    copies = graph.copy(output, "source")
+    graph.set(copies[create], images=[clip, 0])
+    copies = graph.copy([*sampling, *output], "reconstruction")
+    graph.set(copies[sample], cfg=1.0, positive=[empty, 0])
     for edit in edits:
-        add(edit, ["CLIPTextEncode", "TAVSampleVideo", "VAEDecode", *output], CLIPTextEncode={"text": edit})
-    return prompt
+        copies = graph.copy([text, *sampling, *output], edit)
+        graph.set(copies[text], text=edit)
+    graph.remove([text, *sampling, *output])
+    return graph.prompt
 
 
 def prompt_of(comfy: Comfy, name: str) -> Prompt:
@@ -152,7 +135,8 @@ def read(file: bytes) -> Video:
 def measure_demo(prompt: Prompt, videos: Mapping[str, Video]) -> dict[str, Any]:
     """Figures of the quickstart, whose clip is known: each edit shows what it should, where it should."""
     judge = classifier.load()
-    inputs = prompt[find(prompt, "TAVDemoClip")]["inputs"]
+    graph = Graph(prompt)
+    inputs = prompt[graph.find("TAVDemoClip")]["inputs"]
     clip = world.make_clip(
         inputs["motion"], inputs["object"], inputs["background"], frames=inputs["frames"], seed=inputs["seed"]
     )
@@ -160,7 +144,7 @@ def measure_demo(prompt: Prompt, videos: Mapping[str, Video]) -> dict[str, Any]:
     with torch.inference_mode():
         for edit in EDITS:
             pictures = videos[edit].pictures
-            caption = prompt[find(prompt, "CLIPTextEncode", f"{edit} edit")]["inputs"]["text"]
+            caption = prompt[graph.find(f"{edit} edit")]["inputs"]["text"]
             wanted = next(scene for scene in world.scenes() if scene.caption == caption)
             seen = measure.places(judge, pictures)
             figures[edit] = {

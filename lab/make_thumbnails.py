@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..tav_core.pictures.compare import side_by_side
-from ..tools.api import Comfy, Prompt, find, to_api
+from ..tools.api import Comfy, Graph, Prompt, to_api
 from . import job
 from .make_quickstart import FILE
 from .sheet import picture
@@ -34,7 +34,7 @@ EDITS = {"2-Your own video": "a red car in the forest", "9-Another checkpoint": 
 def on_the_demo(comfy: Comfy, prompt: Prompt, edit: str) -> None:
     """Change a workflow for the user's checkpoint and video to one on the demo's."""
     video = comfy.upload(FILE)
-    prompt[find(prompt, "CLIPTextEncode", "edit: what you want to see")]["inputs"]["text"] = edit
+    Graph(prompt).set("edit: what you want to see", text=edit)
     for node in prompt.values():
         node["inputs"] |= DEMO.get(node["class_type"], {}) | DEMO.get(node["_meta"]["title"], {})
         if node["class_type"] == "CheckpointLoaderSimple":

@@ -6,7 +6,7 @@ import pytest
 from live_server import Server
 from prompts import change
 from tune_a_video.lab import job
-from tune_a_video.tools.api import Refused, find
+from tune_a_video.tools.api import Graph, Refused
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +39,16 @@ def test_the_quickstart_edits_what_it_should_where_it_should(server, tmp_path, m
 
 def test_what_the_server_refuses_or_fails_at_is_said_in_a_line(server):
     prompt = job.quickstart(server)
-    prompt[find(prompt, "TAVDemoClip")]["inputs"]["object"] = "unicorn"
+    Graph(prompt).set("TAVDemoClip", object="unicorn")
     with pytest.raises((Refused, job.Stopped), match="TAVDemoClip: (Value not in list|object is 'unicorn')"):
         job.run(server, prompt)
     prompt = job.quickstart(server)
-    prompt[find(prompt, "TAVSampleVideo", "sample: style")]["inputs"]["cfg"] = "much"
+    Graph(prompt).set("sample: style", cfg="much")
     with pytest.raises(Refused, match="TAVSampleVideo: Failed to convert"):  # the other outputs are valid
         job.run(server, prompt)
     prompt = job.quickstart(server)
     change(prompt, steps=1)
-    prompt[find(prompt, "TAVSampleVideo", "sample: style")]["inputs"]["steps"] = 3
+    Graph(prompt).set("sample: style", steps=3)
     with pytest.raises(job.Stopped, match="TAVSampleVideo: the latents were inverted in 1 steps"):
         job.run(server, prompt)
 
@@ -58,7 +58,7 @@ def test_an_own_clip_gets_an_output_for_each_edit(server):
     prompt = job.own_clip(server, job.PROJECT / "lab" / "quickstart.mp4", "a car", "sd.ckpt", ["a dog", "a cat"])
     outputs = {node["_meta"]["title"] for node in prompt.values() if node["class_type"] == "SaveVideo"}
     assert outputs == names
-    clip = prompt[find(prompt, "TAVLoadClip")]["inputs"]
+    clip = prompt[Graph(prompt).find("TAVLoadClip")]["inputs"]
     assert (clip["count"], clip["stride"]) == (8, 1), "as many of the video's eight frames as there are"
     for node in prompt.values():
         for value in node["inputs"].values():
@@ -74,7 +74,7 @@ def test_a_video_never_takes_the_place_of_the_users(server, tmp_path):
     users.write_bytes(b"the user's")
     video.write_bytes((job.PROJECT / "lab" / "quickstart.mp4").read_bytes())
     prompt = job.own_clip(server, video, "a car", "sd.ckpt", ["a dog"])
-    name = prompt[find(prompt, "LoadVideo")]["inputs"]["file"]
+    name = prompt[Graph(prompt).find("LoadVideo")]["inputs"]["file"]
     assert users.read_bytes() == b"the user's"
     assert name != "clip.mp4" and (server.base / "input" / name).read_bytes() == video.read_bytes()
     assert server.upload(video) == name, "the same again takes no further room"

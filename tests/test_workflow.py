@@ -13,7 +13,7 @@ from checkpoint import write_checkpoint
 from live_server import PROJECT, Server
 from prompts import change, node
 from tune_a_video.lab import job
-from tune_a_video.tools.api import Refused, find, to_api
+from tune_a_video.tools.api import Graph, Refused, to_api
 
 CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
 FRAMES, SIZE = 4, 64
@@ -84,7 +84,7 @@ def test_example_workflow_writes_the_edited_video(server, source, prompt):
     for kind in ("TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"):
         assert progress[kind] == (2, 2) and previews[kind] >= 1, kind
 
-    written = history["outputs"][find(prompt, "SaveVideo")]["images"][0]
+    written = history["outputs"][Graph(prompt).find("SaveVideo")]["images"][0]
     with av.open(str(server.base / "output" / written["subfolder"] / written["filename"])) as video:
         # The clip takes every second frame and keeps the speed of the source.
         assert abs(video.streams.video[0].average_rate - source[1] / 2) < Fraction(1, 100)
@@ -94,7 +94,7 @@ def test_example_workflow_writes_the_edited_video(server, source, prompt):
 
 
 def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt):
-    prompt[find(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1000, "seed": 1}
+    Graph(prompt).set("TAVOneShotTune", steps=1000, seed=1)
     seen, cancelled = [], None
 
     def on_event(kind, data):
@@ -109,12 +109,12 @@ def test_cancel_stops_a_tune_within_a_step_and_the_next_run_works(server, prompt
     assert history["status"]["messages"][-1][0] == "execution_interrupted"
     assert cancelled is not None and seen[-1][0] <= 4
 
-    prompt[find(prompt, "TAVOneShotTune")]["inputs"] |= {"steps": 1}
+    Graph(prompt).set("TAVOneShotTune", steps=1)
     assert server.run(prompt)["status"]["status_str"] == "success"
 
 
 def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
-    prompt[find(prompt, "TAVLoadClip")]["inputs"] |= {"count": 300}
+    Graph(prompt).set("TAVLoadClip", count=300)
     started = []
     history = server.run(prompt, lambda kind, data: started.append(data) if kind == "progress" else None)
     error = dict(history["status"]["messages"])["execution_error"]
@@ -124,10 +124,10 @@ def test_bad_input_is_one_clear_line_before_any_work(server, prompt):
 
 
 def test_weights_are_kept_described_and_read_again_when_they_change(server, prompt):
-    tune = find(prompt, "TAVOneShotTune")
+    tune = Graph(prompt).find("TAVOneShotTune")
     prompt[tune]["inputs"] |= {"steps": 1}
     for kind in ("SaveVideo", "TAVSampleVideo", "TAVDDIMInvert"):
-        drop(prompt, find(prompt, kind))
+        drop(prompt, Graph(prompt).find(kind))
     prompt["save"] = node("TAVSaveWeights", weights=[tune, 1], filename_prefix="car/turn", precision="fp32")
     assert server.run(prompt)["status"]["status_str"] == "success"
     (name,) = server.get("/object_info/TAVLoadWeights")["TAVLoadWeights"]["input"]["required"]["file"][1]["options"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -96,6 +96,83 @@ class Comfy:
         return history[identity]
 
 
+class Graph:
+    """A workflow in the API's form, to be changed by its nodes' names.
+
+    Args:
+        prompt: node id → {"class_type", "inputs", "_meta": {"title"}}; changed in place. A link is [node id, output].
+    """
+
+    def __init__(self, prompt: Prompt):
+        self.prompt = prompt
+
+    @classmethod
+    def read(cls, file: Path) -> Graph:
+        """A workflow that the page's menu has written, by Export (API). Raises ValueError when it is none."""
+        try:
+            prompt = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            prompt = None
+        if not isinstance(prompt, dict) or not prompt:
+            raise ValueError(f"{file.name} is no workflow: choose a .json file that ComfyUI's Export (API) wrote.")
+        if not all(isinstance(node, dict) and {"class_type", "inputs"} <= node.keys() for node in prompt.values()):
+            raise ValueError(f"{file.name} is not in the API's form: write it anew, by Export (API) in ComfyUI's menu.")
+        return cls(prompt)
+
+    def find(self, name: str) -> str:
+        """The id of the node that has this id, title or class, looked for in this order.
+
+        Raises ValueError when there is none, or more than one.
+        """
+        classes = {number: node["class_type"] for number, node in self.prompt.items()}
+        titles = {number: self.title(number) for number in self.prompt}
+        for names in ({number: number for number in self.prompt}, titles, classes):
+            found = [number for number in names if names[number] == name]
+            if len(found) > 1:
+                raise ValueError(f"{len(found)} nodes are called {name!r}: give the one that is meant its own title.")
+            if found:
+                return found[0]
+        known = ", ".join(sorted(map(repr, titles.values())))
+        raise ValueError(f"no node of the workflow is called {name!r}. There are {known}.")
+
+    def title(self, number: str) -> str:
+        """What the page calls a node, or its class where the file says no title."""
+        node = self.prompt[number]
+        return node.get("_meta", {}).get("title", node["class_type"])
+
+    def set(self, name: str, **inputs: Any) -> str:
+        """Give inputs of a node, named as for `find`, their values or links; its id.
+
+        Raises ValueError as `find`, and for an input that it has not.
+        """
+        number = self.find(name)
+        known = self.prompt[number]["inputs"]
+        for wanted in inputs:
+            if wanted not in known:
+                raise ValueError(
+                    f"{self.title(number)!r} has no input {wanted!r}. It has {', '.join(known) or 'none'}."
+                )
+        known |= inputs
+        return number
+
+    def copy(self, numbers: Iterable[str], title: str) -> dict[str, str]:
+        """Copy nodes, linked to each other as these are, and to the rest as these are; old id → the copy's."""
+        copies = {number: f"{title}.{number}" for number in numbers}
+
+        def relinked(value: Any) -> Any:
+            return [copies.get(value[0], value[0]), *value[1:]] if isinstance(value, list) else value
+
+        for number, copy in copies.items():
+            node = self.prompt[number]
+            inputs = {name: relinked(value) for name, value in node["inputs"].items()}
+            self.prompt[copy] = {**node, "inputs": inputs, "_meta": {"title": title}}
+        return copies
+
+    def remove(self, numbers: Iterable[str]) -> None:
+        for number in numbers:
+            del self.prompt[number]
+
+
 def refusal(answer: Mapping[str, Any]) -> str:
     """ComfyUI's answer to a prompt that it does not take, in words."""
     lines = [
@@ -134,11 +211,3 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Promp
             "_meta": {"title": node.get("title", object_info[node["type"]]["display_name"])},
         }
     return prompt
-
-
-def find(prompt: Prompt, kind: str, title: str | None = None) -> str:
-    """The number of the one node of a kind, and of a title where there are several. KeyError when there is none."""
-    for number, node in prompt.items():
-        if node["class_type"] == kind and title in (None, node["_meta"]["title"]):
-            return number
-    raise KeyError(f"{kind} {title or ''}")
