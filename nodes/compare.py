@@ -14,7 +14,7 @@ class CompareVideos(io.ComfyNode):
             display_name="Compare Videos",
             category=CATEGORY,
             **found_by("side by side", "comparison", "grid", "before after", "concatenate videos"),
-            description="Puts up to six videos side by side, with captions.",
+            description="Puts up to six videos side by side, with labels.",
             inputs=[
                 io.Image.Input("video_1", tooltip="A clip, or an edit of it. Its height is the height of all."),
                 io.Image.Input("video_2", tooltip="Another one."),
@@ -22,7 +22,7 @@ class CompareVideos(io.ComfyNode):
                 io.String.Input(
                     "labels",
                     multiline=True,
-                    tooltip="One line for each video, drawn above it. A missing line: no caption.",
+                    tooltip="One line for each video, drawn above it. A missing line: no label.",
                 ),
             ],
             outputs=[io.Image.Output("comparison", display_name="comparison", tooltip="The clips side by side.")],
