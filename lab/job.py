@@ -88,7 +88,10 @@ def prompt_of(comfy: Comfy, name: str) -> Prompt:
 
 
 def run(comfy: Comfy, prompt: Prompt) -> tuple[dict[str, Video], dict[str, float]]:
-    """Run a prompt behind a progress bar; returns each SaveVideo's result by its title, and seconds by stage."""
+    """Run a prompt behind a progress bar; returns each SaveVideo's result by its title, and seconds by stage.
+
+    Raises Refused when the prompt is not valid, and Stopped when it ends before its end.
+    """
     seconds: dict[str, float] = {}
     stage, started = "load", time.perf_counter()
     bar: tqdm | None = None
@@ -188,16 +191,17 @@ def keep(videos: Mapping[str, Video], figures: Mapping[str, Mapping[str, Any]], 
     sheet.contact_sheet(labelled).save(OUT / "contact_sheet.png")
     together = (side_by_side(labelled, list(labelled)) * 255).round().byte().numpy()
     fps = videos["source"].fps
-    write_video(OUT / "side_by_side.mp4", together, fps)
+    write_video(OUT / "side_by_side.mp4", together, fps, crf="14")
     del labelled["reconstruction"]
     first, *rest = map(sheet.picture, side_by_side(labelled, list(labelled)))
     first.save(OUT / "edits.webp", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85)
     (OUT / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def write_video(file: Path, frames: np.ndarray, fps: Fraction) -> None:
+def write_video(file: Path, frames: np.ndarray, fps: Fraction, **options: str) -> None:
+    """Write frames, uint8 [f, h, w, 3], with H.264; `options` are its encoder's."""
     with av.open(str(file), "w") as video:
-        stream = video.add_stream("libx264", rate=fps, options={"crf": "14"})
+        stream = video.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -6,9 +6,8 @@ python tools/pack.py lab.make_quickstart
 from fractions import Fraction
 from pathlib import Path
 
-import av
-
 from ..demo.world import Clip, make_clip
+from .job import write_video
 
 FILE = Path(__file__).with_name("quickstart.mp4")
 FPS = 8
@@ -20,14 +19,7 @@ def quickstart() -> Clip:
 
 
 def main() -> None:
-    with av.open(str(FILE), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "8", "preset": "veryslow"})
-        frames = quickstart().frames
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(FILE, quickstart().frames, Fraction(FPS), crf="8", preset="veryslow")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..demo.model import IDS, TEXT, TEXT_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, WIDTH, part
+from ..tav_core.host import OVERRIDE
+from ..tav_core.method.attention import sdpa
 from .host import (
     TAESD,
     CLIPTextModel,
@@ -79,17 +80,16 @@ def encode_text(text: CLIPTextModel, tokens: Tensor) -> Tensor:
 
 def _plain_attention(_host: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *_args: Any, **_options: Any) -> Tensor:
     """Attention of q, k, v [b, n, heads * d] that can be differentiated; the host's may not be, or slower."""
-    b, n, width = q.shape
     if q.is_cuda:
-        q, k, v = (t.view(b, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width)
+        return sdpa(q, k, v, heads)
+    b, n, width = q.shape
     # On a CPU two products are faster to train through.
     q, k, v = (t.view(b, -1, heads, width // heads).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     weights = (q @ k.mT * (width // heads) ** -0.5).softmax(-1)
     return (weights @ v).view(b, heads, n, -1).transpose(1, 2).reshape(b, n, width)
 
 
-DIFFERENTIABLE = {"optimized_attention_override": _plain_attention}
+DIFFERENTIABLE = {OVERRIDE: _plain_attention}
 
 
 def _default_weights(module: nn.Module) -> None:

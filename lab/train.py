@@ -9,7 +9,6 @@ checkpoints and sample grids.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..demo import world
+from ..tav_core.store.files import write_whole
 from . import classifier, measure, networks
 from .optimizer import Muon, has_bfloat16
 
@@ -73,7 +73,7 @@ class OutOfTime(Exception):
 # --- the loop that all stages share ---------------------------------------------------------------------------------
 
 
-class Training:
+class Trainer:
     """A model in training, with everything that is needed to go on later.
 
     Args:
@@ -106,7 +106,7 @@ class Training:
         }
         if DEVICE.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        write(self.file, partial(torch.save, state))
+        write_whole(self.file, partial(torch.save, state))
 
     def run(self, loss: Callable[[], Tensor], show: Callable[[], Any], every: float = 300) -> None:
         """Minimise `loss`; checkpoint and `show` every so many seconds. The model ends with its averaged weights."""
@@ -153,13 +153,6 @@ class Training:
         self.model.load_state_dict(own, strict=False)
 
 
-def write(file: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f"{file.name}.part")
-    save(temporary)
-    os.replace(temporary, file)
-
-
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +184,7 @@ def save_grid(rows: Sequence[Tensor], file: Path) -> None:
     """A PNG of rows of pictures, each [n, 3, h, w] in 0 … 1."""
     grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).float().clamp(0, 1)
     image = Image.fromarray((grid.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8))
-    write(file, partial(image.save, format="PNG"))
+    write_whole(file, partial(image.save, format="PNG"))
 
 
 def autocast() -> torch.autocast:
@@ -224,7 +217,7 @@ def fit_autoencoder(
         pool: uint8 [n, 3, h, w]; a fourth channel, if there is one, is 255 where errors count three times.
         held_out: [n, 3, h, w] in 0 … 1.
     """
-    training = Training(vae, stage, out / "autoencoder.pt", deadline)
+    trainer = Trainer(vae, stage, out / "autoencoder.pt", deadline)
 
     def loss() -> Tensor:
         picks = torch.randint(len(pool), (stage.batch,))
@@ -243,17 +236,17 @@ def fit_autoencoder(
 
     def show() -> None:
         y = reconstruct(vae, held_out)
-        tqdm.write(f"autoencoder step {training.step}: {measure.psnr(y, held_out).mean():.2f} dB")
+        tqdm.write(f"autoencoder step {trainer.step}: {measure.psnr(y, held_out).mean():.2f} dB")
         save_grid([held_out[:8], y[:8], held_out[8:16], y[8:16]], out / "autoencoder.png")
 
-    training.run(loss, show)
+    trainer.run(loss, show)
     show()
     with torch.inference_mode(), autocast():
         latents = vae.taesd_encoder(unit(pool[:512, :3])).float()
     with torch.no_grad():
         vae.vae_scale.copy_(networks.LATENT_SCALE * latents.std())
         vae.vae_shift.copy_(-latents.mean() / vae.vae_scale)
-    write(out / "vae.pt", partial(torch.save, vae.state_dict()))
+    write_whole(out / "vae.pt", partial(torch.save, vae.state_dict()))
 
 
 def start_scale(vae: networks.TAESD, x: Tensor) -> None:
@@ -283,7 +276,7 @@ def train_classifier(stage: Stage, out: Path, deadline: float) -> None:
     """Train on rendered pictures, made worse at random, and write it with its accuracy on pictures never seen."""
     torch.manual_seed(2)
     network = on_device(classifier.Classifier())
-    training = Training(network, stage, out / "classifier.pt", deadline)
+    trainer = Trainer(network, stage, out / "classifier.pt", deadline)
     pool, truth = pictures(0, stage.pictures), truths(0, stage.pictures, 0)
     held_out, held_out_truth = pictures(0, 1000, HELD_OUT), truths(0, 1000, HELD_OUT)
 
@@ -305,12 +298,12 @@ def train_classifier(stage: Stage, out: Path, deadline: float) -> None:
         report = {name: f"{share:.4f}" for name, share in zip(classifier.HEADS, right, strict=True)} | {
             "pixels_away": f"{away:.2f}"
         }
-        tqdm.write(f"classifier step {training.step}, held-out accuracy: {report}")
+        tqdm.write(f"classifier step {trainer.step}, held-out accuracy: {report}")
         return report
 
-    training.run(loss, show)
+    trainer.run(loss, show)
     network.half().float()  # judged as it is kept
-    write(out / "classifier.safetensors", lambda file: classifier.save(network, file, show()))
+    write_whole(out / "classifier.safetensors", lambda file: classifier.save(network, file, show()))
 
 
 def truths(start: int, count: int, seed: int) -> list[Tensor]:
@@ -376,7 +369,7 @@ def train_on_captions(
     held_out_pairs = (held_out, held_out_rows)
     fit_captions(network, stage, out, deadline, name, captioned, held_out_pairs, vocabulary, vae, prompts)
     metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
-    write(out / STAGES[name][1], lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
+    write_whole(out / STAGES[name][1], lambda file: networks.save(unet, text, vocabulary.ids, vae, file, metadata))
 
 
 def fit_captions(
@@ -401,7 +394,7 @@ def fit_captions(
     """
     network.to(DEVICE)
     text, unet = network["text"], network["unet"]
-    training = Training(network, stage, out / f"{name}.pt", deadline)
+    trainer = Trainer(network, stage, out / f"{name}.pt", deadline)
     sigmas = sd_sigmas().to(DEVICE)
     held_out, held_out_rows = held_out_pairs
     empty = vocabulary.rows([""])[0].to(DEVICE)
@@ -438,11 +431,11 @@ def fit_captions(
         timesteps = torch.linspace(0, len(sigmas) - 1, len(held_out)).long().to(DEVICE)
         parts = [i.to(DEVICE) for i in torch.randperm(len(held_out), generator=generator).split(32)]
         error = torch.cat([errors(held_out[i].float(), held_out_rows[i], timesteps[i], noise[i]) for i in parts]).mean()
-        tqdm.write(f"{name} step {training.step}: error of the noise {error:.4f}")
+        tqdm.write(f"{name} step {trainer.step}: error of the noise {error:.4f}")
         x = sample(predict, vocabulary.rows(prompts).to(DEVICE), empty, sigmas, noise[: len(prompts)])
-        save_grid((vae.decode(x / networks.LATENT_SCALE) / 2 + 0.5).split(8), out / f"{name}_{training.step:06d}.png")
+        save_grid((vae.decode(x / networks.LATENT_SCALE) / 2 + 0.5).split(8), out / f"{name}_{trainer.step:06d}.png")
 
-    training.run(loss, show)
+    trainer.run(loss, show)
     show()
 
 
@@ -463,7 +456,7 @@ def encoded(
             batches = pictures(start, min(part, count - start), seed, picture).split(50)
             with autocast():
                 latents = torch.cat([vae.encode(unit(batch) * 2 - 1) for batch in batches])
-            write(file, partial(torch.save, (latents * networks.LATENT_SCALE).half().cpu()))
+            write_whole(file, partial(torch.save, (latents * networks.LATENT_SCALE).half().cpu()))
     files = sorted(folder.glob("*.pt"))
     return torch.cat([torch.load(file, weights_only=True) for file in files])[:count].to(DEVICE)
 

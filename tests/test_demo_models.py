@@ -4,6 +4,7 @@ import pytest
 import torch
 from tune_a_video.demo import model, world
 from tune_a_video.lab import classifier, networks
+from tune_a_video.tav_core import host
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,7 @@ def test_training_reaches_the_text_encoder(trained, vocabulary):
 def test_attention_is_the_hosts():
     q, k, v = torch.randn(3, 2, 5, 8).unbind()
     expected = networks.attention_basic(q, k, v, 2)
-    assert torch.allclose(
-        networks.DIFFERENTIABLE["optimized_attention_override"](None, q, k, v, 2), expected, atol=1e-6
-    )
+    assert torch.allclose(networks.DIFFERENTIABLE[host.OVERRIDE](None, q, k, v, 2), expected, atol=1e-6)
 
 
 def test_the_loaded_model_samples(loaded):

@@ -32,8 +32,8 @@ def test_muon_fits_a_line():
 def run(file, steps, deadline):
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    training = train.Training(model, train.Stage(steps, 2, 0, 1e-2), file, deadline)
-    training.run(lambda: (model(torch.randn(2, 4)) - 1).square().mean(), lambda: None)
+    trainer = train.Trainer(model, train.Stage(steps, 2, 0, 1e-2), file, deadline)
+    trainer.run(lambda: (model(torch.randn(2, 4)) - 1).square().mean(), lambda: None)
     return model.weight
 
 
@@ -43,19 +43,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
         with pytest.raises(train.OutOfTime):
             run(tmp_path / "parts.pt", 6, 0)  # one step and a checkpoint
     assert torch.equal(whole, run(tmp_path / "parts.pt", 6, 0))
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    file = tmp_path / "kept"
-    file.write_text("old", encoding="utf-8")
-
-    def fail(part):
-        part.write_text("half", encoding="utf-8")
-        raise OSError
-
-    with pytest.raises(OSError):
-        train.write(file, fail)
-    assert file.read_text(encoding="utf-8") == "old"
 
 
 def test_sigmas_are_the_hosts():

@@ -55,7 +55,7 @@ def svg(found: dict, name: str, left_out: int = 0) -> str:
 
 def fitted(document: str) -> Image.Image:
     """An SVG cropped to what is visible and fitted into a square of CELL pixels, centred."""
-    import resvg_py
+    import resvg_py  # needed once, to make the sprites: no requirement
 
     drawn = resvg_py.svg_to_bytes(svg_string=document, width=DRAWN, height=DRAWN)
     picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...demo import model
+from ...tav_core.store.files import write_whole
 from .. import networks
 from ..train import (
     DEVICE,
     HELD_OUT,
     Stage,
-    Training,
+    Trainer,
     autocast,
     encoded,
     fit_autoencoder,
@@ -33,7 +34,6 @@ from ..train import (
     run_stages,
     spoilt,
     unit,
-    write,
 )
 from . import judge, segmenter, world
 from .sprites import FIGURES, LOOKS
@@ -111,7 +111,7 @@ def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
     fit_captions(network, stage, out, deadline, "text_to_image", captioned, held_out_pairs, vocabulary, vae, prompts())
     metadata = {"steps": str(stage.steps), "batch": str(stage.batch), "pictures": str(stage.pictures)}
     save = partial(networks.save, network["unet"], network["text"], vocabulary.ids, vae, metadata=metadata)
-    write(out / "model.safetensors", lambda file: save(file=file))
+    write_whole(out / "model.safetensors", lambda file: save(file=file))
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
     """On rendered pictures made worse at random, half of them cut together from two."""
     torch.manual_seed(2)
     network = segmenter.Segmenter().to(DEVICE).to(memory_format=torch.channels_last)
-    training = Training(network, stage, out / "segmenter.pt", deadline)
+    trainer = Trainer(network, stage, out / "segmenter.pt", deadline)
     pool, styles = judged(stage.pictures, 0, out / "judged.pt")
     held_out, held_out_styles = judged(500, HELD_OUT, out / "judged_held_out.pt")
 
@@ -164,12 +164,12 @@ def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
             "style": (seen.style == held_out_styles.to(DEVICE)).float().mean(),
         }
         report = {name: f"{value.item():.4f}" for name, value in report.items()}
-        tqdm.write(f"segmenter step {training.step}, held-out shares right: {report}")
+        tqdm.write(f"segmenter step {trainer.step}, held-out shares right: {report}")
         return report
 
-    training.run(loss, show)
+    trainer.run(loss, show)
     network.half().float()  # judged as it is kept
-    write(out / "segmenter.safetensors", lambda file: segmenter.save(network, file, show()))
+    write_whole(out / "segmenter.safetensors", lambda file: segmenter.save(network, file, show()))
 
 
 def labelled(index: int, seed: int) -> np.ndarray:
@@ -183,7 +183,7 @@ def labelled(index: int, seed: int) -> np.ndarray:
 def judged(count: int, seed: int, file: Path) -> tuple[Tensor, Tensor]:
     """Labelled pictures, uint8 [count, 5, side, side], kept in a file; and their styles, [count]."""
     if not file.exists():
-        write(file, partial(torch.save, pictures(0, count, seed, labelled)))
+        write_whole(file, partial(torch.save, pictures(0, count, seed, labelled)))
     styles = [list(STYLES).index(world.random_scene(seed, i).style) for i in range(count)]
     return torch.load(file, weights_only=True), torch.tensor(styles)
 

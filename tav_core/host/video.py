@@ -174,13 +174,13 @@ def _video_attention(attention: SparseCausal, override: Callable | None, device:
     On a CPU the host, unless told otherwise, takes one that saves memory: torch's saves more, and is three times as
     fast.
     """
-    torchs = wide_heads(comfy.ldm.modules.attention.attention_pytorch) if device.type == "cpu" else None
+    torch_attention = wide_heads(comfy.ldm.modules.attention.attention_pytorch) if device.type == "cpu" else None
 
     def attend(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if override is not None:
             chosen = partial(override, chosen)
-        elif torchs is not None and chosen.__name__ == "attention_sub_quad":
-            chosen = torchs
+        elif torch_attention is not None and chosen.__name__ == "attention_sub_quad":
+            chosen = torch_attention
         return attention.attend(chosen, *args, **kwargs)
 
     return attend
@@ -254,6 +254,7 @@ def _on_it(others: str) -> str:
 
 
 def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> None:
+    """Raises ValueError when another node would cut a clip of so many frames into windows."""
     handler = model_options.get("context_handler")
     if handler is None or getattr(handler, "dim", 0) != 0 or getattr(handler, "context_length", 0) >= frames:
         return

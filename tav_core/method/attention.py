@@ -119,13 +119,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b n c` → `b n c`, every token attending to every token."""
-        q, k, v = (
-            rearrange(F.linear(x, layer.weight.to(x)), "b n (h d) -> b h n d", h=self.heads)
-            for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        q, k, v = (F.linear(x, layer.weight.to(x)) for layer in (self.to_q, self.to_k, self.to_v))
         weight, bias = self.to_out.parameters()
-        return F.linear(out, weight.to(x), bias.to(x))
+        return F.linear(sdpa(q, k, v, self.heads), weight.to(x), bias.to(x))
 
 
 class TemporalAttention(nn.Module):
@@ -188,10 +184,6 @@ def wide_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, *_args: Any, **_kwargs: Any) -> Tensor:
-    """Torch's attention in place of the one that the host chose for sampling, which may not be differentiable.
-
-    Args:
-        q, k, v: `b n (h d)`.
-    """
+    """Torch's attention on `b n (h d)`. The one that the host chose for sampling may not be differentiable."""
     q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")

@@ -68,7 +68,10 @@ def _what_fits(available: int, start: int, stride: int, count: int) -> str:
 
 
 def resize(frames: Tensor, width: int, height: int, fit: str, pixel_aspect: float = 1.0) -> Tensor:
-    """[b, h, w, c] to [b, height, width, c]; `pixel_aspect` is the width of the frames' pixels to their height."""
+    """[b, h, w, c] to [b, height, width, c]; `pixel_aspect` is the width of the frames' pixels to their height.
+
+    Raises ValueError when `crop` would make them gigantic first.
+    """
     if (*frames.shape[1:3], pixel_aspect) == (height, width, 1):
         return frames.clone()
     old_height, old_width = frames.shape[1], frames.shape[2] * pixel_aspect
