@@ -78,6 +78,8 @@ def test_defaults_are_the_papers():
     defaults = {entry.id: getattr(entry, "default", None) for schema in method for entry in schema.inputs}
     paper = {"learning_rate": 3e-5, "seed": 33, "cfg": 12.5, "weight_decay": 1e-2, "max_grad_norm": 1.0}
     assert defaults | paper == defaults
+    clip = {entry.id: entry.default for entry in SCHEMAS["TAVLoadClip"].inputs if hasattr(entry, "default")}
+    assert (clip["count"], clip["width"], clip["height"]) == (24, 512, 512)
     steps = {name: entry.default for name, schema in SCHEMAS.items() for entry in schema.inputs if entry.id == "steps"}
     assert steps == {"TAVOneShotTune": 500, "TAVDDIMInvert": 50, "TAVSampleVideo": 50}
 
@@ -147,4 +149,7 @@ def test_requirements_name_what_is_imported_and_never_torch():
     lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     required = [line for line in lines if line and not line.startswith("#")]
     assert f"dependencies = {json.dumps(required)}" in project
+    extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
+    named = re.findall(r'^[\w-]+ = \["([\w-]+)"\]$', extras, re.MULTILINE)
+    assert named == ["xformers", "flash-attn", "sageattention"], "the host's, of whatever version fits its torch"
     assert not any(re.match(r"(torch|xformers)", line) for line in required)
