@@ -1,6 +1,7 @@
 """The estimate of memory, the plan made of it, and running out in spite of it."""
 
 import faulthandler
+import re
 import weakref
 
 import comfy.model_base
@@ -9,6 +10,7 @@ import measure
 import pytest
 import torch
 from baseline import SD15
+from pack import PROJECT
 from small import random_weights
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import memory
@@ -19,7 +21,7 @@ from tune_a_video.tav_core.pipeline.network import TrainingUNet, estimate_step
 from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.store import published
 
-GIB = 2**30
+GIB = memory.GIB
 MID = {
     "block_out_channels": [64, 128, 128, 128],
     "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
@@ -103,7 +105,11 @@ def test_stable_diffusion_1_on_an_8_gib_card(full_size, monkeypatch):
         estimate_step(host.video_of(full_size), torch.Size((24, 4, 64, 64)), 77, "bf16", recompute)
         for recompute in RECOMPUTE
     )
-    assert low.total * memory.HEADROOM < 8 * GIB
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    plain = estimate_step(host.video_of(full_size), torch.Size((24, 4, 64, 64)), 77, "fp32", "all")
+    totals = [estimate.total * memory.HEADROOM / GIB for estimate in (low, linear, plain, pointwise, fast)]
+    assert re.findall(r"\| ([\d.]+) GiB \|", readme) == [f"{total:.1f}" for total in totals]
+    assert totals[0] < 8
     assert low.total < linear.total < 0.6 * pointwise.total < 0.4 * fast.total
     assert round(low.states / GIB, 2) == round(2 * 4 * 74.35e6 / GIB, 2)
 

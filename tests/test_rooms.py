@@ -50,6 +50,15 @@ def test_a_room_knows_only_rooms_that_it_may(name):
                 assert room(parts) in {*MAY[name], ""}, f"{path.name}: {module}"
 
 
+@pytest.mark.parametrize("name", MAY)
+def test_what_is_raised_is_said_in_a_sentence(name):
+    """The last of a docstring, and no section."""
+    for path in files(name):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert "Raises:" not in (ast.get_docstring(node) or ""), f"{path.name}: {node.name}"
+
+
 @pytest.mark.parametrize("name", sorted(MAY.keys() - {"lab", "tools"}))
 def test_what_ships_needs_no_package_of_the_tests(name):
     for path in files(name):

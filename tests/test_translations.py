@@ -221,6 +221,17 @@ def test_help_quotes_messages_that_the_code_has(node, language):
     assert quoted or "Demo" in node, "no error and its cure"
 
 
+def test_the_readme_quotes_messages_that_the_code_has():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## If something goes wrong\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    quotes = [quote for row in rows for quote in re.findall("`(.+?)`", row)]
+    assert len(quotes) > 5
+    for quote in quotes:
+        pattern = re.compile(".*\n.*".join(re.escape(part) for part in quote.split("…")), re.DOTALL)
+        assert any(pattern.search(message) for message in MESSAGES), quote
+
+
 @pytest.mark.parametrize("node", SCHEMAS)
 def test_both_languages_explain_the_same_errors(node):
     quotes = [re.findall(r"^- `(.+?)`", sections(node, language)[3], re.MULTILINE) for language in HELP_LANGUAGES]
