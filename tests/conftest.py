@@ -16,6 +16,7 @@ collect_ignore = [] if "TAV_BROWSER" in os.environ else ["browser"]  # run.py te
 from pack import load_pack  # noqa: E402
 
 load_pack(cpu=not torch.cuda.is_available())  # what the tests compare with is in float64, which not every device has
+from equal import same_tensors  # noqa: E402
 from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host  # noqa: E402
 from tune_a_video.tav_core.method.inflation import TemporalLayers  # noqa: E402
@@ -134,10 +135,6 @@ def weights_of(model):
     return {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.fixture
 def unchanged():
     """Check that a model's UNet holds what it held: `with unchanged(model): …`."""
@@ -150,7 +147,7 @@ def unchanged():
         # Another model may still be loaded over the same UNet: unpatch as the host does when it needs the base.
         host.load(model)
         unet = model.model.diffusion_model
-        assert same(before, weights_of(model))
+        assert same_tensors(before, weights_of(model))
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in unet.modules())
 
     return check

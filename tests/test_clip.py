@@ -7,24 +7,26 @@ from tune_a_video.tav_core.pictures.clip import FITS, prepare_clip
 VIDEO = torch.rand(12, 20, 30, 3, generator=torch.Generator().manual_seed(0))
 
 
+SIZES = st.tuples(st.sampled_from([8, 16, 40]), st.sampled_from([8, 16, 40]))
+
+
 @given(
-    start=st.integers(0, 15),
-    stride=st.integers(1, 6),
-    count=st.integers(1, 15),
-    fit=st.sampled_from(FITS),
-    size=st.tuples(st.sampled_from([8, 16, 40]), st.sampled_from([8, 16, 40])),
+    start=st.integers(0, 11), stride=st.integers(1, 6), count=st.integers(1, 12), fit=st.sampled_from(FITS), size=SIZES
 )
-def test_takes_the_frames_it_says_or_says_what_fits(start, stride, count, fit, size):
-    wanted = [start + i * stride for i in range(count)]
-    if wanted[-1] >= len(VIDEO):
-        with pytest.raises(ValueError, match="largest count is|last start is"):
-            prepare_clip(VIDEO, start, stride, count, *size, fit)
-        return
-    clip = prepare_clip(VIDEO, start, stride, count, *size, fit)
-    assert clip.shape == (count, size[1], size[0], 3)
+def test_takes_the_frames_it_says(start, stride, count, fit, size):
+    wanted = range(start, len(VIDEO), stride)[:count]
+    clip = prepare_clip(VIDEO, start, stride, len(wanted), *size, fit)
+    assert clip.shape == (len(wanted), size[1], size[0], 3)
     assert clip.min() >= 0 and clip.max() <= 1
     for i, frame in enumerate(wanted):
         torch.testing.assert_close(clip[i : i + 1], prepare_clip(VIDEO[frame : frame + 1], 0, 1, 1, *size, fit))
+
+
+@given(start=st.integers(0, 15), stride=st.integers(1, 6), more=st.integers(1, 9), fit=st.sampled_from(FITS))
+def test_more_frames_than_there_are_says_what_fits(start, stride, more, fit):
+    largest = len(range(start, len(VIDEO), stride))
+    with pytest.raises(ValueError, match=f"largest count is {largest}[.;]" if largest else "The last start is 11"):
+        prepare_clip(VIDEO, start, stride, largest + more, 16, 16, fit)
 
 
 def test_error_names_the_largest_count_and_stride_that_fit():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tune_a_video.nodes.compare import CompareVideos
-from tune_a_video.tav_core.pictures import lettering as caption
+from tune_a_video.tav_core.pictures import lettering
 from tune_a_video.tav_core.pictures.compare import GAP, LARGEST, side_by_side
 
 
@@ -58,11 +58,11 @@ def test_transparent_grey_and_half_precision_clips():
     assert out.dtype == torch.float32 and out.min() >= 0 and out.max() <= 1
 
 
-def test_captions_stand_above_their_clips():
+def test_labels_stand_above_their_clips():
     clips = [clip(width=96, seed=i) for i in range(4)]
     out = compare(*clips, labels=["", "a dog", "", "", "one too many"])
     title = out.shape[1] - 2 * 16 - GAP
-    assert title > caption.line_height(12) and torch.equal(out[:, title : title + 16, :96], clips[0])
+    assert title > lettering.line_height(12) and torch.equal(out[:, title : title + 16, :96], clips[0])
     assert (out[:, :title, : 96 + GAP] == 1).all(), "the first has none"
     assert (out[:, :title, 96 + GAP :] < 0.5).any()
     assert torch.equal(out[:, -16:, :96], clips[2]), "the second row has none, and no room for them"
@@ -86,18 +86,19 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("width", [1, 60])
 def test_any_text_keeps_to_its_width(text, width):
-    lines = caption.wrap(text, width, most=3)
+    lines = lettering.wrap(text, width, most=3)
     assert len(lines) <= 3
+    assert any(lines) == any(map(str.isprintable, "".join(text.split()))), "what can be seen is not left out"
     for line in lines:
-        canvas = Image.new("RGB", (1000, 40), caption.PAPER)
-        caption.write(canvas, (0, 0), [line])
+        canvas = Image.new("RGB", (1000, 40), lettering.PAPER)
+        lettering.write(canvas, (0, 0), [line])
         box = Image.eval(canvas, lambda value: 255 - value).getbbox()
         assert box is None or box[2] <= width + 2 or len(line) <= 2
 
 
 def test_long_texts_break_at_spaces_and_end_in_an_ellipsis():
-    assert caption.wrap("a red car on the beach", 70) == ["a red car on", "the beach"]
-    first, second = caption.wrap("a red car on the beach", 60, most=2)
+    assert lettering.wrap("a red car on the beach", 70) == ["a red car on", "the beach"]
+    first, second = lettering.wrap("a red car on the beach", 60, most=2)
     assert first in "a red car" and second.endswith("…")
 
 
@@ -108,8 +109,8 @@ def test_letters_that_pillows_font_lacks_are_drawn_where_the_system_has_them():
         ImageFont.truetype("DejaVuSans.ttf")
     except OSError:
         pytest.skip("this system has no DejaVu Sans")
-    font = caption._font("Жё", 12)
-    assert caption._lacking(font, "Жё") == 0 < caption._lacking(ImageFont.load_default(12), "Жё")
+    font = lettering._font("Жё", 12)
+    assert lettering._lacking(font, "Жё") == 0 < lettering._lacking(ImageFont.load_default(12), "Жё")
 
 
 sizes = st.integers(1, 40)

@@ -125,7 +125,7 @@ def test_an_export_without_its_last_file_leaves_nothing(folder, model, make_weig
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_json", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         ExportPublished.execute(model, make_weights(model), "mine")
     assert list(folder.rglob("*")) == []
 

@@ -441,5 +441,5 @@ def test_an_error_while_attaching_leaves_nothing_behind(inflated, prompts, uncha
     norm = host.parts_of(host.unet_of(inflated)).video_norms[-1]
     with unchanged(inflated), monkeypatch.context() as broken:
         broken.setattr(norm, "register_forward_hook", None)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             edit(inflated, prompts)

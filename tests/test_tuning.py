@@ -6,6 +6,7 @@ import comfy.supported_models
 import pytest
 import torch
 from baseline import SD15
+from equal import same_weights
 from small import meta_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.nodes import ApplyWeights, InflateUNet
@@ -26,12 +27,6 @@ def tuned(model, clip, prompts, steps=3, precision="fp32", recompute="all", on_s
         return one_shot_tune(model, clip, prompts[1], Recipe(steps, **recipe), precision, recompute, on_step)
 
 
-def equal(a, b):
-    return all(torch.equal(a.queries[k], b.queries[k]) for k in a.queries) and all(
-        torch.equal(a.temporal[k], b.temporal[k]) for k in a.temporal
-    )
-
-
 def test_same_seed_gives_the_same_result_and_disturbs_nobody(inflated, clip, prompts, unchanged):
     state = torch.get_rng_state()
     with unchanged(inflated):
@@ -41,13 +36,14 @@ def test_same_seed_gives_the_same_result_and_disturbs_nobody(inflated, clip, pro
         torch.set_rng_state(state)
         other = tuned(inflated, clip, prompts, seed=34)
     assert torch.equal(torch.get_rng_state(), state)
-    assert equal(first, second) and first.losses == second.losses
-    assert not equal(first, other)
+    assert same_weights(first, second) and first.losses == second.losses
+    assert not same_weights(first, other)
 
 
 def test_every_trainable_tensor_trains_and_no_other(inflated, clip, prompts):
     weights = tuned(inflated, clip, prompts, steps=2)
     start = host.inflation_of(inflated).temporal.named()
+    assert len(weights.queries) == 8 and weights.temporal.keys() == start.keys() != set()
     assert all(delta.any() for delta in weights.queries.values())
     for name, tensor in weights.temporal.items():
         assert torch.equal(tensor, start[name]) == ("norm_temp" in name), name
@@ -74,7 +70,7 @@ def test_recomputing_changes_nothing_but_memory(inflated, clip, prompts, recompu
         reports.append((weights, steps))
     (plain, steps), (recomputed, steps_again) = reports
     assert steps == steps_again
-    assert equal(plain, recomputed)
+    assert same_weights(plain, recomputed)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -169,9 +165,9 @@ def test_tuning_starts_from_the_effective_weights(inflated, clip, prompts):
     # Whether the host has the patched model loaded makes no difference.
     before = tuned(styled, clip, prompts)
     host.load(styled)
-    assert equal(tuned(styled, clip, prompts), before)
+    assert same_weights(tuned(styled, clip, prompts), before)
     host.load(inflated)
-    assert equal(tuned(styled, clip, prompts), before)
+    assert same_weights(tuned(styled, clip, prompts), before)
 
 
 def test_zero_strength_is_the_untuned_model(inflated, clip, prompts, core):
@@ -279,7 +275,7 @@ def test_what_changes_nothing_in_a_caption_is_accepted(inflated, clip, prompts):
         "hooks": None,
     }
     caption = [[prompts[1][0][0], {**plain, "clip_start_percent": 0.0, "clip_end_percent": 1.0, "mask": None}]]
-    assert equal(tuned(inflated, clip, [None, caption], 1), tuned(inflated, clip, prompts, 1))
+    assert same_weights(tuned(inflated, clip, [None, caption], 1), tuned(inflated, clip, prompts, 1))
 
 
 def told_by(model, clip, prompts, **latent):

@@ -10,6 +10,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.latest._io import Hidden, HiddenHolder
+from equal import same_weights
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,13 +21,6 @@ from tune_a_video.tav_core.pipeline import editing, library
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 from tune_a_video.tav_core.store import files, weights
 from tune_a_video.tav_core.store.weights import TunedWeights, difference
-
-
-def equal(a, b):
-    return all(
-        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
-        for x, y in ((a.queries, b.queries), (a.temporal, b.temporal))
-    )
 
 
 def sampled(model, clip, prompts):
@@ -49,7 +43,7 @@ def test_reloaded_weights_sample_the_same_to_the_bit(tuned, model, clip, prompts
     assert name == "skiing/man_00001.safetensors"
     assert name in LoadWeights.define_schema().inputs[0].options
     (reloaded,) = LoadWeights.execute(name).result
-    assert equal(reloaded, learned)
+    assert same_weights(reloaded, learned)
     assert replace(reloaded, queries={}, temporal={}) == replace(learned, queries={}, temporal={})
     (applied,) = ApplyWeights.execute(model, reloaded, 1.0, 1.0).result
     assert torch.equal(sampled(applied, clip, prompts), sampled(tuned_model, clip, prompts))
@@ -62,6 +56,7 @@ def test_fp16_is_half_the_size_and_close(tuned, folder):
     large, small = ((folder / name).stat().st_size for name in names)
     assert small < 0.6 * large
     close = LoadWeights.execute(names[1]).result[0]
+    assert close.temporal.keys() == learned.temporal.keys() != set()
     for name, tensor in learned.temporal.items():
         torch.testing.assert_close(close.temporal[name], tensor, rtol=1e-3, atol=1e-6)
     name = next(iter(learned.queries))
@@ -100,7 +95,7 @@ def test_very_long_loss_curves_are_shortened_to_fit_the_pages_info_panel(make_we
     weights.save_file(make_weights(model, losses=[1 / 3] * 99_999), folder / "w.safetensors", "fp32")
     assert comfy.utils.safetensors_header(str(folder / "w.safetensors"), max_size=1024 * 1024)
     losses = weights.load_file(folder / "w.safetensors").losses
-    assert len(losses) <= 2000
+    assert 1000 <= len(losses) <= 2000
     assert losses == pytest.approx([1 / 3] * len(losses))
     assert weights.to_metadata(make_weights(model, losses=[1.0] * 3000 + [0.5]))["final_loss"] == "0.5"
 

@@ -14,6 +14,7 @@ from live_server import PROJECT, Server
 from prompts import change, node
 from tune_a_video.lab import job
 from tune_a_video.tools.api import Graph, Refused, to_api
+from videos import write_video
 
 CAR = PROJECT.parent / "shared" / "videos" / "car-turn.mp4"
 FRAMES, SIZE = 4, 64
@@ -38,14 +39,12 @@ def source(server):
 
 def make_video(path: Path):
     """A bright square that moves over a gradient: 24 frames, 10 a second."""
-    with av.open(str(path), "w") as video:
-        stream = video.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
-        for i in range(24):
-            picture = np.tile(np.linspace(0, 160, 96, dtype=np.uint8)[None, :, None], (80, 1, 3))
-            picture[20:50, 3 * i : 3 * i + 20] = 230
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        video.mux(stream.encode())
+    pictures = []
+    for i in range(24):
+        picture = np.tile(np.linspace(0, 160, 96, dtype=np.uint8)[None, :, None], (80, 1, 3))
+        picture[20:50, 3 * i : 3 * i + 20] = 230
+        pictures.append(picture)
+    write_video(path, pictures)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def test_each_half_has_every_kind(half):
 @pytest.mark.parametrize("number", range(clips.COUNT))
 def test_an_edit_changes_one_thing(number):
     source = clips.plan(number)
+    assert clips.edits(number).keys() == set(clips.EDITS)
     for kind, edit in clips.edits(number).items():
         changed = [f.name for f in fields(source) if getattr(source, f.name) != getattr(edit, f.name)]
         assert changed == ["actor" if kind == "figure" else kind]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from equal import same_weights
 from killed import tune
 
 
@@ -27,8 +28,7 @@ def main(disk: Path) -> dict:
     files = len(list(runs.iterdir()))
     filler.unlink()
     weights = [full, tune(runs, resumed.append, steps=8), tune(disk / "others", print, steps=8)]
-    values = [[*w.queries.values(), *w.temporal.values()] for w in weights]
-    identical = all(a.equal(b) and b.equal(c) for a, b, c in zip(*values, strict=True))
+    identical = all(same_weights(full, other) for other in weights[1:])
     same_losses = weights[0].losses == weights[1].losses == weights[2].losses
     return {"told": told, "files": files, "resumed": resumed, "identical": identical and same_losses}
 

@@ -21,6 +21,7 @@ from pack import load_pack  # noqa: E402
 load_pack()
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+from equal import same_tensors  # noqa: E402
 from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host  # noqa: E402
 from tune_a_video.tav_core.method.tuning import Recipe  # noqa: E402
@@ -129,7 +130,7 @@ def main(folder: Path) -> dict:
         "kills_during_a_save": during,
         "continued": continued,
         "resumed": len(written(folder, "told")),
-        "identical": got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got),
+        "identical": same_tensors(got, expected),
     }
 
 
