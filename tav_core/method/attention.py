@@ -88,7 +88,8 @@ class SparseCausal:
         self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """`function(q, k, v, heads, …)`: an attention of any kind, on `b n c`. All but ours is left to it."""
-        ours, self._keys = k is self._keys, None
+        ours = k is self._keys  # no cross-attention's, nor copies that another node has made
+        self._keys = None
         if not ours or self.frames <= 2 or args or kwargs.get("mask") is not None:
             return function(q, k, v, heads, *args, **kwargs)
         tokens = k.shape[1] // 2  # of one frame; there are fewer queries where another node merged them (ToMe)
@@ -107,6 +108,9 @@ class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of a published checkpoint (`to_q` … `to_out.0`).
 
     Weights are cast to the input's dtype and device at use: the host may keep them anywhere.
+
+    Args:
+        dim: c, the width of a token; a multiple of `heads`.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -127,8 +131,12 @@ class Attention(nn.Module):
 class TemporalAttention(nn.Module):
     """Attention over the frames at each spatial position, with its own layer norm and residual.
 
-    Bidirectional, without positions or mask, after the block's feed-forward. The output projection starts at
-    zero, weight *and* bias, so a new layer is an exact identity (the reference leaves the bias random).
+    Bidirectional, without positions or mask, after the block's feed-forward (reference: attn_temp in
+    models/attention.py). The output projection starts at zero, weight *and* bias, so a new layer is an exact identity
+    (the reference leaves the bias random).
+
+    Args:
+        dim: c, the width of a token; a multiple of `heads`.
     """
 
     def __init__(self, dim: int, heads: int):
