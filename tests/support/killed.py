@@ -19,14 +19,13 @@ sys.path += [str(HERE), str(HERE.parent.parent / "tools"), str(HERE.parent.paren
 from pack import load_pack  # noqa: E402
 
 load_pack()
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from equal import same_tensors  # noqa: E402
 from small import TINY, random_weights  # noqa: E402
 from tune_a_video.tav_core import host  # noqa: E402
 from tune_a_video.tav_core.method.tuning import Recipe  # noqa: E402
 from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune  # noqa: E402
-from tune_a_video.tav_core.store import published  # noqa: E402
+from tune_a_video.tav_core.store import files, published  # noqa: E402
 
 STEPS, KILLS, EVERY, PIECES = 80, 20, 2, 10
 
@@ -80,7 +79,7 @@ def killed(pid: int, begun: Path, delay: float) -> bool:
 def main(folder: Path) -> dict:
     torch.set_num_threads(1)
     log, end = folder / "told", folder / "weights.pt"
-    save_file = safetensors.torch.save_file
+    save_file = files.save_file
     stall = None  # the save, from 1, and the piece of it at which a process waits to be killed
     saves = 0
 
@@ -98,7 +97,7 @@ def main(folder: Path) -> dict:
                 size = len(data) // PIECES + 1
                 file.write(data[piece * size : (piece + 1) * size])
 
-    safetensors.torch.save_file = slow_save
+    files.save_file = slow_save
 
     def work(name: str = "killed") -> None:
         weights = tune(folder / name, lambda text: note(log, text), lambda _step: (folder / "stepping").touch())
