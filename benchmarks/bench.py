@@ -6,7 +6,7 @@ A is the pack, called as its nodes call it; B is `baseline.py`, with the same we
 checked to be A's. Steps are taken in turn, A B A B …, so that whatever else the machine does meets both; with
 OMP_NUM_THREADS=1 on a CPU the processor's seconds are counted, which other programs do not stretch. Prints the
 README's table; exits with 1 when the results differ. `--growth` shows instead how time and memory of the pack's steps
-grow with frames and with size.
+grow with frames and with size; `--long` how they grow with frames where the clip is cut into windows.
 
 The last columns are the pack's: operations counted, and the share of what this machine reaches in a large matrix
 product and in a large copy. `--reference` names a checkout of the reference, and `--reference-python` the Python of an
@@ -37,8 +37,9 @@ from pack import load_pack
 GIB = 2**30
 # Largest relative difference of the two sides' latents, and losses: they round in another order.
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.float16: (0.1, 1e-2)}
-GROWTH = ([(frames, None) for frames in (8, 16, 32, 64)], [(None, size) for size in (256, 512, 768)])
-
+# Frames, size, and the window and its overlap; None is the configuration's own.
+GROWTH = [*((frames, None, (0, 0)) for frames in (8, 16, 32, 64)), *((None, size, (0, 0)) for size in (256, 512, 768))]
+LONG = [(frames, None, window) for window in ((8, 2), (16, 4)) for frames in (16, 32, 64)]
 
 COLUMNS = ["pack", "baseline", "ratio", "pack, peak", "baseline, peak", "ratio", "TFLOP", "TFLOP/s", "of the product"]
 COLUMNS += ["of the copy"]
@@ -52,7 +53,10 @@ def main(arguments: list[str]) -> int:
     report: dict[str, Any] = bench.about
     print("; ".join(f"{name} {value}" for name, value in {**report["versions"], **report["machine"]}.items()))
     if options.growth:
-        report["growth"] = bench.growth()
+        report["growth"] = bench.growth(GROWTH)
+    elif options.long:
+        report["long"] = bench.growth(LONG)
+        print(*ratios(report["long"]), sep="\n")
     else:
         report |= bench.compare()
     if options.json:
@@ -77,6 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--job", type=int, metavar="N", help="tuning steps of a job (default: 12, on a GPU 300; 0: none)"
     )
     parser.add_argument("--growth", action="store_true", help="how time and memory grow, instead")
+    parser.add_argument("--long", action="store_true", help="how they grow in windows, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to it")
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="a checkout of the reference")
     parser.add_argument("--reference-python", default=sys.executable, metavar="EXE", help="what can run it")
@@ -97,7 +102,9 @@ class Bench:
         self.about = about(self.device)
         self.ceiling = {"flop": 1e12 * self.about["machine"]["TFLOP/s"], "moved": 1e9 * self.about["machine"]["GB/s"]}
 
-    def sides(self, frames: int | None, size: int | None) -> tuple[Any, Any, dict[str, Any]]:
+    def sides(
+        self, frames: int | None, size: int | None, window: tuple[int, int] = (0, 0)
+    ) -> tuple[Any, Any, dict[str, Any]]:
         """The pack, the baseline, and what they work on, described."""
         import sides
 
@@ -106,7 +113,7 @@ class Bench:
         theirs = sides.Baseline(config, vae, frames, size)
         theirs.to(self.device)
         case = {"config": self.options.config, "frames": frames, "size": size}
-        return sides.Pack(theirs, config), theirs, case
+        return sides.Pack(theirs, config, window), theirs, case
 
     def compare(self) -> dict[str, Any]:
         from sides import INVERSION, KINDS, SAMPLING
@@ -188,14 +195,15 @@ class Bench:
         most = peak(self.device, lambda: list(steps))
         return most + (theirs.weights(kind) if self.device.type == "cpu" else 0)
 
-    def growth(self) -> list[dict[str, Any]]:
-        """Of the pack's guided sampling and fast tuning step, with frames and with size."""
+    def growth(self, cases: list[Any]) -> list[dict[str, Any]]:
+        """Of the pack's guided sampling and fast tuning step, with frames, size or window."""
         from sides import FAST, INVERSION, SAMPLING
 
         points = []
-        print(header("frames", "size", "TFLOP", "time", "s / TFLOP", "peak"))
-        for frames, size in [*GROWTH[0], *GROWTH[1]]:
-            ours, theirs, case = self.sides(frames or self.options.frames, size or self.options.size)
+        print(header("frames", "size", "window", "TFLOP", "time", "s / TFLOP", "peak"))
+        for frames, size, window in cases:
+            ours, theirs, case = self.sides(frames or self.options.frames, size or self.options.size, window)
+            case["window"] = window[0]
             start = ours.steps(INVERSION, 1, lambda *_args: None)
             for kind in (SAMPLING, FAST):
                 (times,) = interleaved(self.device, partial(ours.steps, kind, 4, start=start))
@@ -203,7 +211,7 @@ class Bench:
                 point["peak"] = self.peak_of_pack(ours, theirs, kind, start)
                 points.append(point)
                 work = point["flop"] / 1e12
-                cells = [kind, case["frames"], case["size"], f"{work:.3f}", f"{point['median']:.3f} s"]
+                cells = [kind, case["frames"], case["size"], case["window"], f"{work:.3f}", f"{point['median']:.3f} s"]
                 print(line(*cells, f"{point['median'] / work:.1f}", f"{point['peak'] / GIB:.2f} GiB"), flush=True)
         return points
 
@@ -250,6 +258,15 @@ def about(device: torch.device) -> dict[str, Any]:
 
 def line(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def ratios(points: list[dict[str, Any]]) -> Iterator[str]:
+    """Of each kind of step and window: time and peak of the longest clip to those of the shortest."""
+    for kind, window in dict.fromkeys((point["kind"], point["window"]) for point in points):
+        first, *_, last = (point for point in points if (point["kind"], point["window"]) == (kind, window))
+        time, peak = (last[figure] / first[figure] for figure in ("median", "peak"))
+        frames = f"{last['frames']} / {first['frames']} frames"
+        yield f"{kind}, window {window}, {frames}: time {time:.2f}, peak {peak:.2f}"
 
 
 def header(*cells: str) -> str:

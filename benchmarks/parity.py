@@ -26,7 +26,7 @@ load_pack()
 from tune_a_video.tav_core import host  # noqa: E402
 from tune_a_video.tav_core.method import ddim  # noqa: E402
 from tune_a_video.tav_core.method.inflation import TemporalLayers  # noqa: E402
-from tune_a_video.tav_core.method.tuning import Recipe, trains  # noqa: E402
+from tune_a_video.tav_core.method.tuning import Draw, Recipe, trains  # noqa: E402
 from tune_a_video.tav_core.pipeline import editing, library  # noqa: E402
 from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune  # noqa: E402
 from tune_a_video.tav_core.store import published  # noqa: E402
@@ -185,7 +185,7 @@ def training(model, golden, names, recompute):
         "fp32",
         recompute,
         steps.append,
-        lambda: zip(noises, timesteps, strict=True),
+        lambda: map(Draw, noises, timesteps),
     )
     for kind in ("loss", "grad_norm"):
         if lacks := missing(golden, f"train.{kind}"):

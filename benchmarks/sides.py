@@ -17,6 +17,7 @@ from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import ddim
 from tune_a_video.tav_core.method.inflation import TemporalLayers
 from tune_a_video.tav_core.method.tuning import Draws, Recipe
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
@@ -106,7 +107,7 @@ class Baseline:
         recipe = Recipe(count)
         draws = (
             (rearrange(noise, "f c h w -> 1 c f h w").to(self.device), torch.tensor([t], device=self.device))
-            for noise, t in Draws(shape, 1000, recipe.seed)
+            for noise, t, _frames in Draws(shape, 1000, recipe.seed)
         )
         steps = baseline.tune(self.model, scheduler, self.encode, self.cond, draws)
         for _ in range(count):
@@ -127,7 +128,8 @@ class Baseline:
 class Pack:
     """This pack's own path through the host's model."""
 
-    def __init__(self, other: Baseline, config: dict[str, Any]):
+    def __init__(self, other: Baseline, config: dict[str, Any], window: tuple[int, int] = (0, 0)):
+        """`window`: frames that are computed at once, 0 for all, and their overlap."""
         self.other = other
         unet_config = published.to_unet_config(config)
         names = host.published_names(unet_config)
@@ -136,7 +138,7 @@ class Pack:
         model = load_model(unet_config, base, heads)
         temporal = TemporalLayers(host.parts_of(host.unet_of(model)))
         temporal.assign(temporal_weights)
-        self.model = host.with_inflation(model, host.Inflation(temporal, "video"))
+        self.model = host.with_inflation(model, host.Inflation(temporal, "video", windows=Windows(*window)))
         self.uncond, self.cond = ([[text.cpu(), {}]] for text in (other.uncond, other.cond))
         self.latent = self.encode()
         self.dtype: torch.dtype = host.inference_dtype(self.model)

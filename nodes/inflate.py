@@ -2,7 +2,8 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from ..tav_core.method.inflation import GROUP_NORM_MODES
-from .schema import CATEGORY, found_by
+from ..tav_core.method.windows import Windows
+from .schema import CATEGORY, advanced, found_by
 
 
 class InflateUNet(io.ComfyNode):
@@ -29,6 +30,30 @@ class InflateUNet(io.ComfyNode):
                         "edited object vanishes from single frames."
                     ),
                 ),
+                advanced(
+                    io.Int,
+                    "window",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    optional=True,
+                    tooltip=(
+                        "For clips that do not fit into memory: so many frames are computed at once (4 or more, such "
+                        "as 16), in tuning and in sampling. 0 takes the whole clip at once."
+                    ),
+                ),
+                advanced(
+                    io.Int,
+                    "overlap",
+                    default=4,
+                    min=0,
+                    max=5_000,
+                    optional=True,
+                    tooltip=(
+                        "Frames that neighbouring windows share, if window is not 0: more join them smoother and take "
+                        "longer."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("video_model", display_name="model", tooltip="The video model, for One-Shot Tune.")
@@ -36,5 +61,5 @@ class InflateUNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, group_norm) -> io.NodeOutput:
-        return io.NodeOutput(host.inflate(model, group_norm))
+    def execute(cls, model, group_norm, window=0, overlap=4) -> io.NodeOutput:
+        return io.NodeOutput(host.inflate(model, group_norm, Windows(window, overlap)))

@@ -1,9 +1,10 @@
 from comfy_api.latest import io
 
+from ..tav_core.method.windows import Windows
 from ..tav_core.pipeline import library
 from ..tav_core.pipeline.apply import apply_weights, check_base
 from ..tav_core.store.weights import PRECISIONS
-from .schema import CATEGORY, Weights, found_by
+from .schema import CATEGORY, Weights, advanced, found_by
 
 
 class SaveWeights(io.ComfyNode):
@@ -110,6 +111,24 @@ class ApplyWeights(io.ComfyNode):
                     step=0.05,
                     tooltip="Strength of what the image layers learned: 1 as tuned. Lower it if edits come out weak.",
                 ),
+                advanced(
+                    io.Int,
+                    "window",
+                    default=-1,
+                    min=-1,
+                    max=10_000,
+                    optional=True,
+                    tooltip="Frames that are computed at once, as in Inflate UNet. -1 as tuned, 0 the whole clip.",
+                ),
+                advanced(
+                    io.Int,
+                    "overlap",
+                    default=4,
+                    min=0,
+                    max=5_000,
+                    optional=True,
+                    tooltip="Frames that neighbouring windows share. Used where window is not -1.",
+                ),
             ],
             outputs=[
                 io.Model.Output("tuned_model", display_name="model", tooltip="The tuned model, to invert and sample.")
@@ -117,6 +136,7 @@ class ApplyWeights(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, weights, motion, content) -> io.NodeOutput:
+    def execute(cls, model, weights, motion, content, window=-1, overlap=4) -> io.NodeOutput:
         check_base(model, weights)
-        return io.NodeOutput(apply_weights(model, weights, motion, content))
+        windows = None if window < 0 else Windows(window, overlap)
+        return io.NodeOutput(apply_weights(model, weights, motion, content, windows))

@@ -51,7 +51,7 @@ def test_sides_that_differ_are_noticed(narrow, monkeypatch, capsys):
 
 
 def test_growth_counts_the_work(narrow, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "GROWTH", ([(2, 64), (4, 64)], []))
+    monkeypatch.setattr(bench, "GROWTH", [(2, 64, (0, 0)), (4, 64, (0, 0))])
     file = tmp_path / "growth.json"
     assert bench.main([*ARGUMENTS, "--growth", "--json", str(file)]) == 0
     points = json.loads(file.read_text(encoding="utf-8"))["growth"]
@@ -59,3 +59,19 @@ def test_growth_counts_the_work(narrow, monkeypatch, tmp_path):
         two, four = (point for point in points if point["kind"] == kind)
         assert 1.8 < four["flop"] / two["flop"] < 2.3  # one more frame of four sees two frames
         assert four["peak"] > two["peak"]
+
+
+def test_a_long_clip_in_windows_takes_time_and_no_memory(narrow, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "LONG", [(frames, 64, (4, 1)) for frames in (4, 6, 10)])
+    file = tmp_path / "long.json"
+    assert bench.main([*ARGUMENTS, "--long", "--json", str(file)]) == 0
+    points = json.loads(file.read_text(encoding="utf-8"))["long"]
+    windows = {4: 1, 6: 2, 10: 4}
+    for kind, of_windows in ((sides.SAMPLING, windows), (sides.FAST, {4: 1, 6: 1, 10: 1})):
+        first, second, third = (point for point in points if point["kind"] == kind)
+        for point in (second, third):
+            growth = of_windows[point["frames"]]
+            assert point["flop"] / first["flop"] == pytest.approx(growth, rel=0.1), kind
+            assert point["peak"] < 1.25 * first["peak"]
+    said = capsys.readouterr().out
+    assert f"{sides.SAMPLING}, window 4, 10 / 4 frames: time " in said and f"{sides.FAST}, window 4" in said

@@ -128,7 +128,7 @@ def test_diffuse_is_the_schedulers_forward_process():
 
 def test_draws_cover_all_timesteps_and_are_independent_per_frame():
     draws = tuning.Draws(torch.Size([2, 1, 2, 2]), 10, seed=0)
-    noises, timesteps = zip(*(next(draws) for _ in range(400)), strict=True)
+    noises, timesteps, _frames = zip(*(next(draws) for _ in range(400)), strict=True)
     assert set(timesteps) == set(range(10))
     noise = torch.stack(noises).flatten(2)
     assert abs(torch.corrcoef(torch.stack([noise[:, 0].flatten(), noise[:, 1].flatten()]))[0, 1]) < 0.1

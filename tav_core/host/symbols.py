@@ -22,7 +22,8 @@ NEEDS = {
         "add_wrapper_with_key(wrapper_type, key, wrapper) get_wrappers(wrapper_type, key) "
         "remove_wrappers_with_key(wrapper_type, key) "
         "set_additional_models(key, models) get_nested_additional_models() set_attachments(key, attachment)",
-        "comfy.patcher_extension:WrappersMP": "DIFFUSION_MODEL OUTER_SAMPLE APPLY_MODEL PREDICT_NOISE CALC_COND_BATCH",
+        "comfy.patcher_extension:WrappersMP": "DIFFUSION_MODEL OUTER_SAMPLE PREPARE_SAMPLING APPLY_MODEL PREDICT_NOISE "
+        "CALC_COND_BATCH",
         "comfy.patcher_extension:WrapperExecutor": "__call__() class_obj",
         "comfy.model_base:BaseModel": "diffusion_model model_config model_sampling latent_format manual_cast_dtype "
         "get_dtype()",

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..method.attention import SparseCausal, wide_heads
 from ..method.inflation import TemporalLayers, UNetParts, inflated, is_inflated
 from ..method.tuning import PredictionType
+from ..method.windows import WHOLE, Windows, blended
 from .build import heads_of
 from .comfyui import (
     KEY,
@@ -41,11 +42,13 @@ class Inflation:
         temporal: its temporal layers, shared by its clones and never changed once attached.
         group_norm: see `inflation`.
         frames: length of the clip that it was tuned on; None before tuning.
+        windows: how a clip is cut.
     """
 
     temporal: TemporalLayers
     group_norm: str
     frames: int | None = None
+    windows: Windows = WHOLE
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,11 @@ def inflation_of(model: ModelPatcher) -> Inflation:
     return inflation
 
 
-def inflate(model: ModelPatcher, group_norm: str) -> ModelPatcher:
+def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE) -> ModelPatcher:
     """A clone of `model` whose UNet treats its batch as the frames of a video.
 
-    Untuned, it differs from the image model by sparse-causal attention and by `group_norm` only.
+    Untuned, it differs from the image model by sparse-causal attention and by `group_norm` only. A clip longer than a
+    window is computed in `windows`.
 
     Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
     """
@@ -116,7 +120,7 @@ def inflate(model: ModelPatcher, group_norm: str) -> ModelPatcher:
         raise ValueError("this MODEL is inflated already: connect the checkpoint's own MODEL to Inflate UNet.")
     temporal = TemporalLayers(parts_of(unet))
     temporal.reset()
-    return with_inflation(model, Inflation(temporal, group_norm))
+    return with_inflation(model, Inflation(temporal, group_norm, windows=windows))
 
 
 def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
@@ -132,10 +136,13 @@ def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
     wrappers = comfy.patcher_extension.WrappersMP
     clone.remove_wrappers_with_key(wrappers.DIFFUSION_MODEL, KEY)
     clone.remove_wrappers_with_key(wrappers.OUTER_SAMPLE, KEY)
+    clone.remove_wrappers_with_key(wrappers.PREPARE_SAMPLING, KEY)
     # torch.compile does not see that other layers are attached, and would go on with those that it compiled first.
-    video_call = torch.compiler.disable(_video_call(temporal, inflation.group_norm))
+    video_call = torch.compiler.disable(_video_call(temporal, inflation.group_norm, inflation.windows))
     clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, video_call)
     clone.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, _whole_video)
+    if inflation.windows.frames:
+        clone.add_wrapper_with_key(wrappers.PREPARE_SAMPLING, KEY, partial(_making_room, inflation.windows))
     clone.set_additional_models(KEY, [patcher])
     clone.set_attachments(KEY, inflation)
     return clone
@@ -147,13 +154,34 @@ def inference_dtype(model: ModelPatcher) -> Any:
     return model.get_model_object("manual_cast_dtype") or base.get_dtype()
 
 
-def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tensor]:
+def _video_call(temporal: TemporalLayers, group_norm: str, windows: Windows) -> Callable[..., Tensor]:
     """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         prompts = len(transformer_options.get("cond_or_uncond", (0,)))
         frames = frames_of(x, prompts, *transformer_options.get(KEY, (None,)))
         videos = x.shape[0] // frames
+        if windows.at_once(frames) == frames:
+            return whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs)
+        if transformer_options.get("patches_replace", {}).get("attn1"):
+            raise ValueError(
+                "another node replaces this MODEL's self-attention (PAG and SAG do) and would see one window of the "
+                f"clip for all of it. Remove it, or set window to 0; {_on_it(transformer_options[KEY][1])}."
+            )
+
+        def compute(numbers: list[int]) -> Tensor:
+            rows = [video * frames + number for video in range(videos) for number in numbers]
+            part = partial(_rows, batch=x.shape[0], rows=torch.tensor(rows, device=x.device))
+            # Other packs look here for the frames that a call is of.
+            options = {**transformer_options, "ad_params": {"sub_idxs": numbers, "full_length": frames}}
+            if "sigmas" in options:
+                options["sigmas"] = part(options["sigmas"])
+            each = part([x, timesteps, context, y, control])
+            return whole(executor, videos, len(numbers), *each, transformer_options=options, **part(kwargs))
+
+        return blended(windows.of(frames), frames, compute)
+
+    def whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs):
         # The executor's own module, not the base model's: with several GPUs each has its copy.
         with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm) as attention:
             if frames > 1:  # a single frame stays the image model's, to the bit
@@ -166,6 +194,26 @@ def _video_call(temporal: TemporalLayers, group_norm: str) -> Callable[..., Tens
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     return wrapper
+
+
+def _rows(value: Any, batch: int, rows: Tensor) -> Any:
+    """Rows of all tensors in `value` that have one for each of the batch; all else as it is, in containers of its own.
+
+    The UNet empties the lists of a ControlNet's residuals.
+    """
+    match value:
+        case Tensor() if value.ndim and value.shape[0] == batch:
+            return value[rows.to(value.device)]
+        case dict():
+            return {key: _rows(part, batch, rows) for key, part in value.items()}
+        case list():
+            return [_rows(part, batch, rows) for part in value]
+    return value
+
+
+def _making_room(windows: Windows, executor, model, noise_shape, *args, **kwargs):
+    """A wrapper around what the host does before a sampling run: no more than a window needs its memory at once."""
+    return executor(model, [windows.at_once(noise_shape[0]), *noise_shape[1:]], *args, **kwargs)
 
 
 def _video_attention(attention: SparseCausal, override: Callable | None, device: torch.device) -> Callable[..., Tensor]:
@@ -259,8 +307,8 @@ def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> Non
     if handler is None or getattr(handler, "dim", 0) != 0 or getattr(handler, "context_length", 0) >= frames:
         return
     raise ValueError(
-        "context windows would cut the video into pieces, but Tune-A-Video's attention needs all its frames at "
-        "once. Remove the context windows node from this MODEL."
+        "context windows would cut the video into pieces that do not see its first frame, which Tune-A-Video's "
+        "attention needs. Remove the context windows node from this MODEL, and set window in Inflate UNet instead."
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .inflation import RECOMPUTE
+from .windows import LEAST
 
 Memory = Literal["auto", "fast", "low"]
 MEMORY: tuple[str, ...] = get_args(Memory)
@@ -156,11 +157,13 @@ def _what_fits(memory: str, low: Estimate, free: int, frames: int, width: int, h
     ways = []
     if (fewer := math.floor(frames * share)) >= 2:
         ways.append(f"{fewer} frames")
+        if fewer >= LEAST:
+            ways.append(f"a window of {fewer} frames in Inflate UNet")
     if share > 0:
         smaller = [math.floor(side * math.sqrt(share) / 64) * 64 for side in (width, height)]
         if min(smaller) >= 64:
             ways.append(f"a size of {smaller[0]}x{smaller[1]}")
-    change = " or ".join(ways)
+    change = ", or ".join(ways)
     setting = "Set memory to low and use" if memory == "fast" else "Use"
     return f"{setting} {change}." if ways else "No clip fits: close what else uses this device, or use a smaller model."
 

@@ -7,11 +7,13 @@ loss. What predicts is a callable: nothing here knows a host.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .windows import WHOLE, Windows
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -58,22 +60,41 @@ def trains(name: str) -> bool:
     return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight")) or ".attn_temp." in name
 
 
-class Draws:
-    """Endless noise (float32, `shape`, CPU) and timestep for each step, from a generator of its own.
+class Draw(NamedTuple):
+    """What chance decides of a step: noise [f, c, h, w], timestep, and which of the clip's frames it takes (all)."""
 
-    Noise is independent per frame; the timestep is one for the video, uniform in [0, `timesteps`).
+    noise: Tensor
+    timestep: int
+    frames: list[int] | slice = slice(None)
+
+
+class Draws:
+    """Endless draws, a step each, from a generator of its own. Noise is float32 on the CPU.
+
+    Noise is independent per frame; the timestep is one for the video, uniform in [0, `timesteps`). Where the clip is
+    cut, a window begins at any frame alike.
+
+    Args:
+        shape: of the clip's latents, [f, c, h, w].
     """
 
-    def __init__(self, shape: torch.Size, timesteps: int, seed: int):
-        self.shape, self.timesteps = shape, timesteps
+    def __init__(self, shape: torch.Size, timesteps: int, seed: int, windows: Windows = WHOLE):
+        self.clip, self.timesteps, self.windows = shape[0], timesteps, windows
+        self.shape = (windows.at_once(shape[0]), *shape[1:])
         self.generator = torch.Generator("cpu").manual_seed(seed)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[Draw]:
         return self
 
-    def __next__(self) -> tuple[Tensor, int]:
+    def __next__(self) -> Draw:
         noise = torch.randn(self.shape, generator=self.generator)
-        return noise, int(torch.randint(self.timesteps, (1,), generator=self.generator))
+        timestep = self._below(self.timesteps)
+        if self.shape[0] == self.clip:
+            return Draw(noise, timestep)
+        return Draw(noise, timestep, self.windows.at(1 + self._below(self.windows.starts(self.clip)), self.clip))
+
+    def _below(self, end: int) -> int:
+        return int(torch.randint(end, (1,), generator=self.generator))
 
 
 def diffuse(latents: Tensor, noise: Tensor, sigma: float, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
@@ -95,10 +116,10 @@ class Training:
 
     Args:
         trainable: float32 parameters by name.
-        draws: noise and timestep for each step: `Draws`, or any iterator where no state is taken.
+        draws: a `Draw` for each step: `Draws`, or any iterator where no state is taken.
     """
 
-    def __init__(self, trainable: Mapping[str, nn.Parameter], recipe: Recipe, draws: Iterator[tuple[Tensor, int]]):
+    def __init__(self, trainable: Mapping[str, nn.Parameter], recipe: Recipe, draws: Iterator[Draw]):
         self.trainable, self.recipe, self.draws = trainable, recipe, draws
         self.reports: list[Step] = []
         self.whole = True  # False while a step is written into the parameters: a state taken then would be neither
@@ -150,7 +171,8 @@ class Training:
         """Train up to the recipe's number of steps.
 
         Args:
-            predict: network output for noisy latents [f, c, h, w] at a timestep, differentiable in `trainable`.
+            predict: network output for noisy latents [f, c, h, w] at a timestep, differentiable in `trainable`; with
+                `Windows`, of those frames that are computed at once.
             latents: the clip in the model's space, float32, [f, c, h, w].
             sigmas: the model's noise level at each timestep, [T].
             on_step: called after each step; an exception from it ends the run.
@@ -159,8 +181,9 @@ class Training:
         """
         parameters = list(self.trainable.values())
         for number in range(len(self.reports) + 1, self.recipe.steps + 1):
-            noise, timestep = next(self.draws)
-            noisy, target = diffuse(latents, noise.to(latents), float(sigmas[timestep]), prediction_type)
+            noise, timestep, frames = next(self.draws)
+            clip = latents[frames]
+            noisy, target = diffuse(clip, noise.to(clip), float(sigmas[timestep]), prediction_type)
             loss = F.mse_loss(predict(noisy, timestep).float(), target)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -7,19 +7,25 @@ import logging
 from .. import host
 from ..method.inflation import TemporalLayers
 from ..method.tuning import trains
+from ..method.windows import Windows
 from ..store.weights import TunedWeights
 
 log = logging.getLogger(__name__)
 
 
 def apply_weights(
-    model: host.ModelPatcher, weights: TunedWeights, motion: float = 1.0, content: float = 1.0
+    model: host.ModelPatcher,
+    weights: TunedWeights,
+    motion: float = 1.0,
+    content: float = 1.0,
+    windows: Windows | None = None,
 ) -> host.ModelPatcher:
     """A clone of a model, inflated or not, with tuned weights; the host patches its own, and only while it is loaded.
 
     Args:
         motion: strength of the temporal attention.
         content: strength of the change in the queries.
+        windows: None cuts the clip as it was cut for tuning.
 
     Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
@@ -40,7 +46,8 @@ def apply_weights(
     for layer in temporal.layers:
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
-    tuned = host.with_inflation(model, host.Inflation(temporal, weights.group_norm, weights.frames))
+    cut = weights.windows if windows is None else windows
+    tuned = host.with_inflation(model, host.Inflation(temporal, weights.group_norm, weights.frames, cut))
     host.add_tune(tuned, weights.queries, content)
     return tuned
 

@@ -47,7 +47,7 @@ class TrainingUNet:
     the graph; here none of them is touched. Build and use it outside inference mode.
 
     Args:
-        frames: f of every batch.
+        frames: f of every batch, of a window where the clip is cut.
         precision: "fp32", or "bf16": frozen matrices in bfloat16 under autocast, all else in float32.
         recompute: in the backward pass (`inflation.checkpoint_stages`).
         context: the text, [1 or f, tokens, width]; None leaves the network without values, on the meta device, for

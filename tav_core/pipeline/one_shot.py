@@ -15,7 +15,18 @@ from torch import Tensor
 from .. import host
 from ..method.inflation import RECOMPUTE
 from ..method.memory import MEMORY, Estimate, plan
-from ..method.tuning import METHOD_VERSION, Draws, Recipe, Step, Training, not_finite, reports_of, trains, weights_of
+from ..method.tuning import (
+    METHOD_VERSION,
+    Draw,
+    Draws,
+    Recipe,
+    Step,
+    Training,
+    not_finite,
+    reports_of,
+    trains,
+    weights_of,
+)
 from ..store import runs
 from ..store.digest import digest
 from ..store.weights import TunedWeights, difference
@@ -76,7 +87,7 @@ def one_shot_tune(
     precision: str,
     memory: str,
     on_step: Callable[[Step], None],
-    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None = None,
+    draws: Callable[[], Iterator[Draw]] | None = None,
     *,
     saving: Saving | None = None,
     validation: Validation | None = None,
@@ -115,6 +126,14 @@ def one_shot_tune(
         tell(f"not used while it tunes, only when it samples: {', '.join(unused)}")
     if latent.get("noise_mask") is not None:
         tell("the latents' mask is not used: a tune learns whole frames")
+    windows, frames = video.inflation.windows, len(samples)
+    if windows.at_once(frames) == frames < windows.frames:
+        tell(f"the window of {windows.frames} frames is not used: the clip has {frames}")
+    elif windows.at_once(frames) < frames and caption[0][0].shape[0] > 1:
+        raise ValueError(
+            "caption has one prompt for each frame, which a tune in windows cannot use. Connect CLIP Text Encode "
+            "directly, or set window to 0 in Inflate UNet."
+        )
     precision = host.resolve_precision(precision, video.device)
 
     # Nodes run in inference mode, where nothing can be differentiated; tensors made in it stay so for ever.
@@ -179,7 +198,7 @@ class _Tune:
     context: Tensor
     recipe: Recipe
     precision: str
-    draws: Callable[[], Iterator[tuple[Tensor, int]]] | None
+    draws: Callable[[], Iterator[Draw]] | None
     run: runs.Run | None
     save_every: int
     validation: Validation | None
@@ -192,16 +211,17 @@ class _Tune:
     def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
         self.saved = self.last_save = len(reports_of(state)) if state else 0
-        frames = self.latents.shape[0]
+        windows, sigmas = self.video.inflation.windows, self.video.sigmas
+        frames = windows.at_once(len(self.latents))
         network = TrainingUNet(self.video, frames, self.precision, recompute, self.context)
-        sigmas = self.video.sigmas
-        draws = Draws(self.latents.shape, len(sigmas), self.recipe.seed) if self.draws is None else self.draws()
+        own = Draws(self.latents.shape, len(sigmas), self.recipe.seed, windows)
+        draws = own if self.draws is None else self.draws()
         training = Training(network.trainable, self.recipe, draws)
         if state is not None:
             training.restore(state)
             state.clear()  # a gigabyte
         count = sum(parameter.numel() for parameter in network.trainable.values())
-        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames", count / 1e6, frames)
+        log.info("Tune-A-Video: tuning %.2f M parameters on %d frames at once", count / 1e6, frames)
 
         def after_step(step: Step) -> None:
             self.on_step(step)
@@ -279,7 +299,8 @@ def _plan(video: host.Video, shape: torch.Size, tokens: int, precision: str, mod
     def estimate(recompute: str) -> Estimate:
         return estimate_step(video, shape, tokens, precision, recompute)
 
-    frames, _channels, height, width = shape
+    windows = video.inflation.windows
+    frames, _channels, height, width = shape = torch.Size([windows.at_once(shape[0]), *shape[1:]])
     try:
         return plan(
             mode,
@@ -299,6 +320,7 @@ def _run_key(video: host.Video, identity: str, latents: Tensor, context: Tensor,
 
     What is recomputed is left out: the result is the same.
     """
+    windows = video.inflation.windows
     return digest(
         {
             "method": METHOD_VERSION,
@@ -313,6 +335,7 @@ def _run_key(video: host.Video, identity: str, latents: Tensor, context: Tensor,
             "prediction_type": video.prediction_type,
             "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
             "precision": precision,
+            **({"windows": asdict(windows)} if windows.at_once(len(latents)) < len(latents) else {}),
         }
     )
 
@@ -339,6 +362,7 @@ def _result(
         },
         frames=frames,
         group_norm=video.inflation.group_norm,
+        windows=video.inflation.windows,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),

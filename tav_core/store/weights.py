@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..method.inflation import GROUP_NORM_MODES
 from ..method.tuning import Recipe
+from ..method.windows import WHOLE, Windows
 from .files import read_safetensors, write_safetensors
 
 PACK_VERSION = "0.1.0"
@@ -32,6 +33,7 @@ class TunedWeights:
         temporal: the temporal layers, as they are (`TemporalLayers.named`).
         frames: length of the clip; None when unknown.
         group_norm: the group norm mode that it was tuned with.
+        windows: how the clip was cut.
         losses: one a step.
         base_family: what kind of model it was tuned on; nothing else fits (`host.family_of`).
         base_fingerprint: exactly which one (`host.fingerprint`).
@@ -54,6 +56,7 @@ class TunedWeights:
     size: tuple[int, int] | None = None
     recipe: Recipe | None = None
     date: str = ""
+    windows: Windows = WHOLE
 
 
 def difference(target: Tensor, base: Tensor) -> Tensor:
@@ -131,6 +134,8 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
         "stride": weights.stride,
         "size": "x".join(map(str, weights.size)) if weights.size else None,
         "group_norm": weights.group_norm,
+        "window": weights.windows.frames or None,
+        "overlap": weights.windows.overlap if weights.windows.frames else None,
         "recipe": json.dumps(asdict(recipe)) if recipe else None,
         "seed": recipe.seed if recipe else None,
         "final_loss": weights.losses[-1] if weights.losses else None,
@@ -148,6 +153,11 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     losses = _json(metadata.get("losses", ""))
     recipe = _json(metadata.get("recipe", ""))
     try:
+        window = _count(text.get("window", ""))
+        windows = Windows(window, _count(text.get("overlap", "")) or 0) if window else WHOLE
+    except ValueError:
+        windows = WHOLE
+    try:
         recipe = Recipe(**recipe) if isinstance(recipe, dict) and all(map(_is_number, recipe.values())) else None
     except (TypeError, ValueError):
         recipe = None
@@ -163,6 +173,7 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         "size": size if all(size) else None,
         "recipe": recipe,
         "date": text.get("date", ""),
+        "windows": windows,
     }
 
 

@@ -1,0 +1,85 @@
+"""Long clips in bounded memory: which frames are computed together, and how their outputs become one video's.
+
+A window holds the clip's first frame, which every frame's sparse-causal attention looks at, and a run of others; the
+temporal attention stays inside it. The windows of a clip are the same at every step, so an inversion stays the inverse
+of its sampling. Outputs are blended as in MultiDiffusion (arXiv 2302.08113).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST = 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a clip is cut.
+
+    Attributes:
+        frames: computed at once, the clip's first among them; 0 takes the whole clip.
+        overlap: frames that neighbours share, at least; without a meaning where `frames` is 0.
+    Raises:
+        ValueError: a window is too short, or overlaps by half of itself or more.
+    """
+
+    frames: int = 0
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frames and not self.frames >= LEAST:
+            raise ValueError(f"window is {self.frames}; it needs {LEAST} frames or more, 0 takes the whole clip.")
+        if self.frames and not 0 <= self.overlap < self.frames / 2:
+            raise ValueError(
+                f"overlap is {self.overlap}; it must be from 0 to below half of the window, which is {self.frames}."
+            )
+
+    def at_once(self, clip: int) -> int:
+        """How many frames of a clip are computed at once."""
+        return min(self.frames or clip, clip)
+
+    def starts(self, clip: int) -> int:
+        """At how many frames a window may begin, from frame 1 on; 1 where the clip is not cut."""
+        return clip - self.at_once(clip) + 1
+
+    def at(self, start: int, clip: int) -> list[int]:
+        """The frames of a window that begins at frame 1 or later: the clip's first one, and a run."""
+        return [0, *range(start, start + self.at_once(clip) - 1)]
+
+    def of(self, clip: int) -> list[list[int]]:
+        """The fewest windows that cover a clip of so many frames, evenly spread."""
+        last = self.starts(clip) - 1
+        step = self.frames - 1 - self.overlap  # the first frame is everywhere, and no overlap
+        gaps = -(-last // step) if last else 0
+        return [self.at(1 + round(i * last / max(gaps, 1)), clip) for i in range(gaps + 1)]
+
+
+WHOLE = Windows()
+
+
+def blended(windows: list[list[int]], clip: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
+    """The output for a whole clip of each window's: `(b f) …` from `(b w) …`.
+
+    Weights fall from a window's middle to its ends (triangular), and sum to one for each frame. The clip's first frame
+    is taken from the first window, where those after it are its neighbours.
+
+    Args:
+        compute: the output of a window, for the numbers of its frames in the clip.
+    """
+    run = len(windows[0]) - 1
+    slope = torch.minimum(torch.arange(1, run + 1), torch.arange(run, 0, -1)).double()
+    weights = torch.zeros(len(windows), clip, dtype=torch.float64)
+    weights[0, 0] = 1
+    for row, (_first, *frames) in zip(weights, windows, strict=True):
+        row[frames] = slope
+    weights /= weights.sum(0)
+    out: Tensor | None = None
+    for row, frames in zip(weights, windows, strict=True):
+        part = compute(frames).unflatten(0, (-1, len(frames)))  # b w …
+        if out is None:
+            out = part.new_zeros(part.shape[0], clip, *part.shape[2:])
+        out[:, frames] += part * row[frames].to(part).view(-1, *[1] * (part.ndim - 2))
+    assert out is not None
+    return out.flatten(0, 1)

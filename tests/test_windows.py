@@ -1,0 +1,327 @@
+"""Long clips in windows: each frame is computed in good company, and the video is one."""
+
+from itertools import pairwise
+
+import comfy.model_base
+import comfy.model_management
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tune_a_video.nodes import ApplyWeights, InflateUNet
+from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.inflation import TemporalLayers, inflated
+from tune_a_video.tav_core.method.tuning import Draws, Recipe
+from tune_a_video.tav_core.method.windows import WHOLE, Windows, blended
+from tune_a_video.tav_core.pipeline import editing, network, one_shot
+from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
+from tune_a_video.tav_core.store import weights as store
+
+LENGTH = 11
+CUT = Windows(5, 2)
+
+
+@pytest.fixture
+def long():
+    """LATENT of eleven frames."""
+    return {"samples": torch.randn(LENGTH, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 5}
+
+
+@pytest.fixture
+def temporal(model):
+    layers = TemporalLayers(host.parts_of(host.unet_of(model)))
+    generator = torch.Generator().manual_seed(3)
+    layers.assign({name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in layers.named().items()})
+    return layers
+
+
+@pytest.fixture
+def in_windows(model, temporal):
+    def make(windows, group_norm="video"):
+        return host.with_inflation(model, host.Inflation(temporal, group_norm, windows=windows))
+
+    return make
+
+
+def call(model, x, timesteps, context, control=None, **options):
+    """One call of the UNet, as a sampling run makes it."""
+    options = {"cond_or_uncond": [0, 1], "wrappers": model.wrappers, **options}
+    with torch.inference_mode():
+        host.load(model)
+        return model.model.diffusion_model(x, timesteps, context, control=control, transformer_options=options)
+
+
+def inputs(videos=2, frames=LENGTH):
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape):
+        return torch.randn(videos * frames, *shape, generator=generator)
+
+    return noise(4, 8, 8), noise().abs() * 100, noise(7, 16)
+
+
+# --- which frames -----------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_windows_cover_a_clip(data):
+    frames = data.draw(st.integers(4, 40))
+    overlap = data.draw(st.integers(0, (frames - 1) // 2))
+    clip = data.draw(st.integers(2, 300))
+    cut = Windows(frames, overlap)
+    windows = cut.of(clip)
+    assert {len(window) for window in windows} == {cut.at_once(clip)} == {min(frames, clip)}
+    assert all(window[0] == 0 for window in windows)
+    assert {frame for window in windows for frame in window} == set(range(clip))
+    runs = [window[1:] for window in windows]
+    assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
+    assert all(len({*a} & {*b}) >= overlap for a, b in pairwise(runs))
+    assert all(run[0] in range(1, 1 + cut.starts(clip)) for run in runs)
+    shorter = len(windows) - 1  # so many would not do
+    assert not shorter or shorter * (frames - 1) - (shorter - 1) * overlap < clip - 1
+
+
+def test_the_windows_of_a_clip():
+    assert Windows(5, 2).of(11) == [[0, 1, 2, 3, 4], [0, 3, 4, 5, 6], [0, 5, 6, 7, 8], [0, 7, 8, 9, 10]]
+    assert Windows(16, 4).of(16) == [[*range(16)]] == WHOLE.of(16) == Windows(20, 4).of(16)
+
+
+@pytest.mark.parametrize(
+    ("frames", "overlap", "problem"),
+    [
+        (3, 0, "window is 3; it needs 4 frames or more, 0 takes the whole clip"),
+        (-1, 0, "window is -1"),
+        (8, 4, "overlap is 4; it must be from 0 to below half of the window, which is 8"),
+        (8, -1, "overlap is -1"),
+    ],
+)
+def test_windows_that_cannot_be(frames, overlap, problem, model):
+    with pytest.raises(ValueError, match=problem):
+        InflateUNet.execute(model, "video", frames, overlap)
+
+
+@given(st.integers(4, 12), st.integers(2, 60), st.data())
+def test_a_frame_is_the_mean_of_its_windows(frames, clip, data):
+    windows = Windows(frames, data.draw(st.integers(0, (frames - 1) // 2))).of(clip)
+    video = torch.randn(2, clip, 3, dtype=torch.float64)
+    same = blended(windows, clip, lambda numbers: video[:, numbers].flatten(0, 1))
+    torch.testing.assert_close(same, video.flatten(0, 1))
+    # Ones from one window and zeros from the others: its weights.
+    turns = iter(range(len(windows)))
+    weights = blended(windows, clip, lambda numbers: torch.eye(len(windows))[next(turns)].expand(len(numbers), -1))
+    torch.testing.assert_close(weights.sum(1), torch.ones(clip))
+    for number, window in enumerate(windows):
+        seen = weights[window[1:], number]
+        assert (seen > 0).all() and weights[:, number].count_nonzero() == len(window) - (number > 0)
+
+
+# --- what is computed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_norm", ["video", "per_frame"])
+def test_a_call_is_its_windows_blended(in_windows, model, temporal, group_norm):
+    x, timesteps, context = inputs()
+    seen = call(in_windows(CUT, group_norm), x, timesteps, context, **{host.KEY: (LENGTH, "")})
+
+    def alone(numbers):
+        """The plain way: the frames of a window as a clip of their own."""
+        rows = [*numbers, *(LENGTH + number for number in numbers)]
+        parts = host.parts_of(host.unet_of(model))
+        with inflated(parts, temporal, 2, len(numbers), group_norm) as attention:
+            options = {host.OVERRIDE: attention.attend}
+            unet = model.model.diffusion_model
+            return unet(x[rows], timesteps[rows], context[rows], transformer_options=options)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(seen, blended(CUT.of(LENGTH), LENGTH, alone), rtol=1e-4, atol=1e-4)
+    whole = call(in_windows(WHOLE, group_norm), x, timesteps, context, **{host.KEY: (LENGTH, "")})
+    assert not torch.allclose(seen, whole, rtol=0.1)
+
+
+@pytest.mark.parametrize("windows", [Windows(LENGTH, 2), Windows(40, 4)])
+def test_a_clip_within_a_window_is_computed_whole(core, in_windows, prompts, long, windows):
+    def sample(model):
+        with torch.inference_mode():
+            return core["KSampler"]().sample(model, 7, 3, 3.0, "euler", "normal", *prompts, long)[0]["samples"]
+
+    assert torch.equal(sample(in_windows(windows)), sample(in_windows(WHOLE)))
+
+
+def test_all_that_comes_per_frame_is_cut_alike(in_windows):
+    """Frame by frame reversed in, reversed out: where windows lie alike from both ends, and no frame is the first."""
+    x, timesteps, context = inputs(videos=1)
+    control = {"middle": [torch.randn(LENGTH, 64, 1, 1)], "output": [None], "input": []}
+    model = in_windows(CUT)
+    seen = []
+
+    def watch(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        numbers = transformer_options["ad_params"]["sub_idxs"]
+        seen.append(numbers)
+        assert transformer_options["ad_params"]["full_length"] == LENGTH
+        assert torch.equal(x, inputs(1)[0][numbers]) and torch.equal(timesteps, inputs(1)[1][numbers])
+        assert torch.equal(context, inputs(1)[2][numbers])
+        assert torch.equal(transformer_options["sigmas"], steps[numbers])
+        assert torch.equal(control["middle"].pop(), middle[numbers])  # as the UNet does
+        return x
+
+    middle, steps = control["middle"][0], torch.arange(LENGTH)
+    model.add_wrapper_with_key("diffusion_model", "after ours", watch)
+    options = {"cond_or_uncond": [0], "sigmas": steps, host.KEY: (LENGTH, "")}
+    out = call(model, x, timesteps, context, control, **options)
+    assert seen == CUT.of(LENGTH)
+    torch.testing.assert_close(out, x)
+    assert len(control["middle"]) == 1 and "ad_params" not in options
+
+
+def test_inversion_and_sampling_are_inverse(in_windows, prompts, long):
+    def error(windows):
+        model = in_windows(windows)
+        with torch.inference_mode():
+            latent, _noise, _sigmas = editing.invert(model, long, prompts[0], 40)
+            back = editing.sample_video(model, latent, prompts[0], prompts[0], 40, 1.0)["samples"]
+        return float((back - long["samples"]).norm() / long["samples"].norm())
+
+    assert error(CUT) < max(2 * error(WHOLE), 1e-3)
+
+
+def test_guided_sampling_with_a_mask(in_windows, prompts, long):
+    model = in_windows(CUT)
+    mask = torch.zeros(LENGTH, 64, 64)
+    mask[:, :32] = 1
+    with torch.inference_mode():
+        latent, _noise, _sigmas = editing.invert(model, {**long, "noise_mask": mask}, prompts[0], 4)
+        out = editing.sample_video(model, latent, prompts[1], prompts[0], 4, 5.0)["samples"]
+    assert torch.equal(out[:, :, 4:], long["samples"][:, :, 4:])
+    assert torch.isfinite(out).all() and not torch.allclose(out[:, :, :4], long["samples"][:, :, :4], rtol=0.1)
+
+
+def test_the_host_makes_room_for_a_window(core, in_windows, prompts, long, monkeypatch):
+    shapes = []
+    own = comfy.model_base.BaseModel.memory_required
+
+    def required(self, input_shape, *args, **kwargs):
+        shapes.append(input_shape[0])
+        return own(self, input_shape, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", required)
+    asked = []
+    for windows in (WHOLE, CUT):
+        with torch.inference_mode():
+            core["KSampler"]().sample(in_windows(windows), 7, 1, 1.0, "euler", "normal", *prompts, long)
+        asked.append(shapes[0])
+        shapes.clear()
+    assert asked[0] >= LENGTH and asked[1] * LENGTH == asked[0] * CUT.frames
+
+
+def test_replaced_self_attention_is_refused(core, in_windows, prompts, long):
+    guided = core["PerturbedAttentionGuidance"].execute(in_windows(CUT), 3.0)
+    guided = getattr(guided, "args", guided)[0]
+    with pytest.raises(ValueError, match="replaces this MODEL's self-attention .* set window to 0.*nodes_pag"):
+        core["KSampler"]().sample(guided, 7, 1, 3.0, "euler", "normal", *prompts, long)
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------
+
+
+def test_draws_of_windows():
+    draws = [next(own) for own in [Draws(torch.Size([9, 4, 2, 2]), 1000, 3, Windows(4, 1))] for _ in range(300)]
+    assert {draw.noise.shape for draw in draws} == {(4, 4, 2, 2)}
+    assert {tuple(draw.frames) for draw in draws} == {(0, start, start + 1, start + 2) for start in range(1, 7)}
+    whole, plain = (next(Draws(torch.Size([9, 4, 2, 2]), 1000, 3, cut)) for cut in (Windows(9, 1), WHOLE))
+    assert torch.equal(whole.noise, plain.noise) and whole[1:] == plain[1:] and plain.frames == slice(None)
+
+
+@pytest.fixture
+def tune(in_windows, prompts, long):
+    def run(windows=CUT, steps=4, saving=None, on_step=lambda _step: None, told=None, latents=long, caption=None):
+        caption = caption or prompts[1]
+        tell = (told if told is not None else []).append
+        with torch.inference_mode():
+            model, recipe = in_windows(windows), Recipe(steps)
+            return one_shot_tune(model, latents, caption, recipe, "fp32", "all", on_step, saving=saving, tell=tell)
+
+    return run
+
+
+def test_a_step_is_a_window(tune, monkeypatch):
+    shapes = []
+    own = network.TrainingUNet.__call__
+
+    def watched(self, latents, timestep):
+        shapes.append(latents.shape[0])
+        return own(self, latents, timestep)
+
+    monkeypatch.setattr(network.TrainingUNet, "__call__", watched)
+    weights = tune()
+    assert shapes == [CUT.frames] * 4 and weights.windows == CUT and weights.frames == LENGTH
+
+
+def test_a_tune_in_windows_is_resumed_to_the_bit(tune, tmp_path):
+    def cancel(step):
+        if step.number == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    saving, told = Saving(tmp_path / "runs", 1), []
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tune(saving=saving, on_step=cancel)
+    resumed = tune(saving=saving, told=told)
+    assert told == ["resumed after step 2"]
+    plain = tune()
+    assert resumed.losses == plain.losses
+    assert all(torch.equal(resumed.temporal[name], plain.temporal[name]) for name in plain.temporal)
+    told.clear()
+    tune(Windows(6, 2), saving=saving, told=told)
+    tune(WHOLE, saving=saving, told=told)
+    assert told == [], "other windows are other tunes"
+
+
+def test_a_window_longer_than_the_clip_is_said(tune):
+    told = []
+    whole, cut = tune(WHOLE), tune(Windows(20, 4), told=told)
+    assert told == ["the window of 20 frames is not used: the clip has 11"]
+    assert whole.losses == cut.losses
+
+
+def test_a_caption_for_each_frame_is_refused(tune, prompts):
+    caption = [[prompts[1][0][0].expand(LENGTH, -1, -1).clone(), {}]]
+    with pytest.raises(ValueError, match="one prompt for each frame, which a tune in windows cannot use"):
+        tune(caption=caption)
+    assert len(tune(WHOLE, caption=caption).losses) == 4
+
+
+def test_a_long_clip_needs_no_more_memory_than_a_window(in_windows):
+    needs = {}
+    for windows in (Windows(16, 4), WHOLE):
+        video = host.video_of(in_windows(windows))
+        for length in (16, 64):
+            needs[windows, length] = []
+
+            def plan(_mode, estimate, *_args, into=needs[windows, length]):
+                into.append(estimate("all").total)
+                return "all"
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(one_shot, "plan", plan)
+                one_shot._plan(video, torch.Size([length, 4, 8, 8]), 7, "fp32", "low")
+    assert needs[Windows(16, 4), 64] == needs[Windows(16, 4), 16] == needs[WHOLE, 16]
+    assert needs[WHOLE, 64] > needs[WHOLE, 16]
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------
+
+
+def test_saved_weights_remember_their_windows(make_weights, model, tmp_path):
+    for windows in (CUT, WHOLE):
+        store.save_file(make_weights(model, windows=windows), tmp_path / "a.safetensors", "fp32")
+        loaded = store.load_file(tmp_path / "a.safetensors")
+        assert loaded.windows == windows
+        assert host.inflation_of(ApplyWeights.execute(model, loaded, 1.0, 1.0)[0]).windows == windows
+        for window, wanted in ((0, Windows(0, 1)), (4, Windows(4, 1))):
+            applied = ApplyWeights.execute(model, loaded, 1.0, 1.0, window, 1)[0]
+            assert host.inflation_of(applied).windows == wanted
+
+
+@pytest.mark.parametrize("window", ["3", "-5", "x", "9" * 50])
+def test_odd_windows_in_a_file_are_unknown(make_weights, model, window):
+    metadata = store.to_metadata(make_weights(model, windows=CUT))
+    assert store.from_metadata({**metadata, "window": window})["windows"] == WHOLE
