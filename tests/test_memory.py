@@ -143,8 +143,8 @@ def test_the_fastest_plan_that_fits(mode, free, recompute, caplog):
     ("mode", "free", "message"),
     [
         ("fast", 6, r"needs 13\.20 GiB, 6\.00 GiB is free\. Set memory to low or auto: low needs 5\.50 GiB\."),
-        ("auto", 5, r"needs 5\.50 GiB, 5\.00 GiB is free\. Use 19 frames or a size of 448x448\."),
-        ("fast", 4, r"Set memory to low and use 10 frames or a size of 320x320\."),
+        ("auto", 5, r"5\.00 GiB is free\. Use 19 frames or a size of 448x448, or set window to 19 in Inflate UNet\."),
+        ("fast", 4, r"Set memory to low and use 10 frames or a size of 320x320, or set window to 10 in Inflate UNet\."),
         ("low", 2, "No clip fits: close what else uses this device"),
     ],
 )

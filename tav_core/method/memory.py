@@ -157,13 +157,11 @@ def _what_fits(memory: str, low: Estimate, free: int, frames: int, width: int, h
     ways = []
     if (fewer := math.floor(frames * share)) >= 2:
         ways.append(f"{fewer} frames")
-        if fewer >= LEAST:
-            ways.append(f"a window of {fewer} frames in Inflate UNet")
     if share > 0:
         smaller = [math.floor(side * math.sqrt(share) / 64) * 64 for side in (width, height)]
         if min(smaller) >= 64:
             ways.append(f"a size of {smaller[0]}x{smaller[1]}")
-    change = ", or ".join(ways)
+    change = " or ".join(ways) + (f", or set window to {fewer} in Inflate UNet" if fewer >= LEAST else "")
     setting = "Set memory to low and use" if memory == "fast" else "Use"
     return f"{setting} {change}." if ways else "No clip fits: close what else uses this device, or use a smaller model."
 

@@ -134,14 +134,14 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
         "stride": weights.stride,
         "size": "x".join(map(str, weights.size)) if weights.size else None,
         "group_norm": weights.group_norm,
-        "window": weights.windows.frames or None,
-        "overlap": weights.windows.overlap if weights.windows.frames else None,
         "recipe": json.dumps(asdict(recipe)) if recipe else None,
         "seed": recipe.seed if recipe else None,
         "final_loss": weights.losses[-1] if weights.losses else None,
         "losses": json.dumps(shortened(weights.losses)),
         "date": weights.date,
     }
+    if weights.windows.frames:
+        known |= {"window": weights.windows.frames, "overlap": weights.windows.overlap}
     return {key: "" if value is None else str(value) for key, value in known.items()}
 
 
