@@ -21,8 +21,8 @@ class Windows:
     Attributes:
         frames: computed at once, the clip's first among them; 0 takes the whole clip.
         overlap: frames that neighbours share, at least; without a meaning where `frames` is 0.
-    Raises:
-        ValueError: a window is too short, or overlaps by half of itself or more.
+
+    Raises ValueError when a window is too short, or overlaps by half of itself or more.
     """
 
     frames: int = 0
