@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from ..demo import model, world
 from ..demo.world import Clip, Scene
 from ..tav_core import host
 from ..tav_core.method import ddim
-from ..tav_core.method.attention import SparseCausal
+from ..tav_core.method.attention import PAPERS
 from ..tav_core.method.tuning import Recipe
 from ..tav_core.pictures import image
 from ..tav_core.pipeline import editing
@@ -97,16 +96,16 @@ class Subject:
     clip: Clip
     latent: dict[str, Tensor]
 
-    def video(self, group_norm: str = GROUP_NORM) -> host.ModelPatcher:
+    def video(self, group_norm: str = GROUP_NORM, attends: str = PAPERS) -> host.ModelPatcher:
         """The inflated model, untuned."""
-        return host.inflate(self.studio.model, group_norm)
+        return host.inflate(self.studio.model, group_norm, attends)
 
     @cached_property
     def tuned(self) -> host.ModelPatcher:
         return self.tune()
 
-    def tune(self, group_norm: str = GROUP_NORM) -> host.ModelPatcher:
-        video, caption = self.video(group_norm), self.studio.encode(self.clip.caption)
+    def tune(self, group_norm: str = GROUP_NORM, attends: str = PAPERS) -> host.ModelPatcher:
+        video, caption = self.video(group_norm, attends), self.studio.encode(self.clip.caption)
         weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", "nothing", on_step=quiet)
         return apply_weights(video, weights)
 
@@ -141,15 +140,8 @@ def without_inversion(subject: Subject) -> Edit:
 
 def without_sparse_causal(subject: Subject) -> Edit:
     """Every frame attends to itself, as in the image model; the rest as it is, tuning too."""
-
-    def own(_attention: SparseCausal, projected: Tensor) -> Tensor:
-        return projected
-
-    own_frame = mock.patch.multiple(SparseCausal, keys=own, values=own)
-    with own_frame:
-        video = subject.tune()
-        edit = subject.edit_from(video, subject.invert(video))
-    return own_frame(edit)
+    video = subject.tune(attends="own")
+    return subject.edit_from(video, subject.invert(video))
 
 
 def norms_over_the_video(subject: Subject) -> Edit:

@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ..tav_core import host
+from ..tav_core.method.attention import ATTENDS, PAPERS
 from ..tav_core.method.inflation import GROUP_NORM_MODES
 from ..tav_core.method.windows import Windows
 from .schema import CATEGORY, advanced, found_by
@@ -54,6 +55,17 @@ class InflateUNet(io.ComfyNode):
                         "longer."
                     ),
                 ),
+                advanced(
+                    io.Combo,
+                    "attends",
+                    options=[kind for kind in ATTENDS if kind != "own"],
+                    default=PAPERS,
+                    optional=True,
+                    tooltip=(
+                        "Frames that each frame looks at: the first and the previous one, as in the paper; itself "
+                        "too; or all, which takes three quarters more time at 8 frames. Weights remember it."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("video_model", display_name="model", tooltip="The video model, for One-Shot Tune.")
@@ -61,5 +73,5 @@ class InflateUNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, group_norm, window=0, overlap=4) -> io.NodeOutput:
-        return io.NodeOutput(host.inflate(model, group_norm, Windows(window, overlap)))
+    def execute(cls, model, group_norm, window=0, overlap=4, attends=PAPERS) -> io.NodeOutput:
+        return io.NodeOutput(host.inflate(model, group_norm, Windows(window, overlap), attends))

@@ -4,7 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from tune_a_video.tav_core.method.attention import SparseCausal, TemporalAttention, sdpa, sparse_causal, wide_heads
+from tune_a_video.tav_core.method.attention import (
+    ATTENDS,
+    SparseCausal,
+    TemporalAttention,
+    attended,
+    sdpa,
+    sparse_causal,
+    wide_heads,
+)
 
 HEADS, DIM = 2, 8
 
@@ -49,6 +57,52 @@ def test_keys_given_twice_are_left_out(frames, videos):
     out = attention.attend(function, q, keys, values, HEADS, transformer_options={})
     torch.testing.assert_close(out, sdpa(q, keys, values, HEADS))
     assert sum(scores) == videos * 4 * 4 * (min(frames, 2) + 2 * max(frames - 2, 0))
+
+
+FRAMES_OF = {
+    "first_previous": lambda i, frames: [0, max(i - 1, 0)],
+    "first_own_previous": lambda i, frames: [0, i, max(i - 1, 0)],
+    "all": lambda i, frames: range(frames),
+    "own": lambda i, frames: [i],
+}
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_each_frame_attends_to_the_frames_it_should(attends, frames):
+    q, k, v = torch.randn(3, 2 * frames, 4, DIM, dtype=torch.float64)
+    attention = SparseCausal(frames, attends)
+    out = attention.attend(sdpa, q, attention.keys(k), attention.values(v), HEADS)
+    plain = sdpa(q, attended(k, frames, attends), attended(v, frames, attends), HEADS)
+    for video in range(2):
+        for frame in range(frames):
+            seen = [video * frames + other for other in FRAMES_OF[attends](frame, frames)]
+            expected = naive(q[video * frames + frame], torch.cat([*k[seen]]), torch.cat([*v[seen]]))
+            torch.testing.assert_close(out[video * frames + frame], expected)
+            torch.testing.assert_close(plain[video * frames + frame], expected)
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+def test_a_node_in_place_of_the_attention_sees_all_that_is_attended_to(attends):
+    q, k, v = torch.randn(3, 5, 4, DIM, dtype=torch.float64)
+    attention = SparseCausal(5, attends)
+    replaced = attention.replaced(lambda q, k, v: sdpa(q, k, v, HEADS))
+    expected = sdpa(q, attended(k, 5, attends), attended(v, 5, attends), HEADS)
+    torch.testing.assert_close(replaced(q, attention.keys(k), attention.values(v)), expected)
+
+
+def test_all_frames_are_not_copied_for_each():
+    attention = SparseCausal(5, "all")
+    k = torch.randn(10, 4, DIM)
+    assert attention.keys(k) is k and attention.values(k) is k
+
+
+def test_a_node_that_computes_attention_by_itself_is_noticed_where_all_are_attended_to():
+    q, k, v = torch.randn(3, 5, 4, DIM)
+    attention = SparseCausal(5, "all")
+    sdpa(q, attention.keys(k), attention.values(v), HEADS)
+    with pytest.raises(ValueError, match="another node computes self-attention by itself.*set attends to"):
+        attention.keys(k)
 
 
 def test_what_is_not_its_attention_is_left_alone():

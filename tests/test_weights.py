@@ -14,7 +14,7 @@ from equal import same_weights
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tune_a_video.nodes import ApplyWeights, ExportPublished, LoadWeights, OneShotTune, SaveWeights, graph
+from tune_a_video.nodes import ApplyWeights, ExportPublished, InflateUNet, LoadWeights, OneShotTune, SaveWeights, graph
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.pipeline import editing, library
@@ -262,9 +262,39 @@ def test_weights_of_other_versions_and_kinds(file, model):
     rewrite(file, {"format_version": "1", "group_norm": "batch"})
     with pytest.raises(ValueError, match="unknown group norm 'batch'"):
         LoadWeights.execute(file.name)
-    rewrite(file, {"group_norm": "video"}, {"other.weight": torch.zeros(2)})
+    rewrite(file, {"group_norm": "video", "attends": "last"})
+    with pytest.raises(ValueError, match="attends to unknown frames 'last'"):
+        LoadWeights.execute(file.name)
+    rewrite(file, {"attends": "all"}, {"other.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="a tensor 'other.weight' that no weights have"):
         LoadWeights.execute(file.name)
+
+
+def test_weights_remember_the_frames_attended_to(model, make_weights, file, clip, prompts, folder):
+    known = make_weights(model, attends="all")
+    weights.save_file(known, folder / "all.safetensors", "fp32")
+    reloaded = LoadWeights.execute("all.safetensors").result[0]
+    assert reloaded.attends == "all"
+    applied = [ApplyWeights.execute(model, w, 1.0, 1.0).result[0] for w in (reloaded, replace(reloaded, attends="own"))]
+    assert host.inflation_of(applied[0]).attends == "all"
+    assert not torch.allclose(*(sampled(m, clip, prompts) for m in applied), rtol=0.01)
+
+    with safe_open(file, "pt") as opened:  # as it was before there was a choice
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        described = {name: text for name, text in opened.metadata().items() if name != "attends"}
+    save_file(tensors, file, described)
+    assert LoadWeights.execute(file.name).result[0].attends == "first_previous"
+
+
+def test_a_tune_attends_to_the_frames_of_its_model(model, clip, prompts):
+    losses = []
+    for attends in ("first_previous", "all"):
+        (video,) = InflateUNet.execute(model, "video", attends).result
+        with torch.inference_mode():
+            tuned, learned = OneShotTune.execute(video, clip, prompts[1], 1, 1e-3, 7, "fp32", 0.01, 1.0).result[:2]
+        assert learned.attends == host.inflation_of(tuned).attends == attends
+        losses.append(learned.losses)
+    assert losses[0] != losses[1]
 
 
 def test_weights_that_are_not_finite(file):

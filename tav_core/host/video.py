@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.attention import SparseCausal, wide_heads
+from ..method.attention import PAPERS, SparseCausal, wide_heads
 from ..method.inflation import TemporalLayers, UNetParts, inflated, is_inflated
 from ..method.tuning import PredictionType
 from ..method.windows import WHOLE, Windows, blended
@@ -43,12 +43,14 @@ class Inflation:
         group_norm: see `inflation`.
         frames: length of the clip that it was tuned on; None before tuning.
         windows: how a clip is cut.
+        attends: see `attention`.
     """
 
     temporal: TemporalLayers
     group_norm: str
     frames: int | None = None
     windows: Windows = WHOLE
+    attends: str = PAPERS
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,11 @@ def inflation_of(model: ModelPatcher) -> Inflation:
     return inflation
 
 
-def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE) -> ModelPatcher:
+def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE, attends: str = PAPERS) -> ModelPatcher:
     """A clone of `model` whose UNet treats its batch as the frames of a video.
 
-    Untuned, it differs from the image model by sparse-causal attention and by `group_norm` only. A clip longer than a
-    window is computed in `windows`.
+    Untuned, it differs from the image model by the frames that each one `attends` to and by `group_norm` only. A clip
+    longer than a window is computed in `windows`.
 
     Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
     """
@@ -120,7 +122,7 @@ def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE) -> M
         raise ValueError("this MODEL is inflated already: connect the checkpoint's own MODEL to Inflate UNet.")
     temporal = TemporalLayers(parts_of(unet))
     temporal.reset()
-    return with_inflation(model, Inflation(temporal, group_norm, windows=windows))
+    return with_inflation(model, Inflation(temporal, group_norm, windows=windows, attends=attends))
 
 
 def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
@@ -138,7 +140,7 @@ def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
     clone.remove_wrappers_with_key(wrappers.OUTER_SAMPLE, KEY)
     clone.remove_wrappers_with_key(wrappers.PREPARE_SAMPLING, KEY)
     # torch.compile does not see that other layers are attached, and would go on with those that it compiled first.
-    video_call = torch.compiler.disable(_video_call(temporal, inflation.group_norm, inflation.windows))
+    video_call = torch.compiler.disable(_video_call(temporal, inflation))
     clone.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, video_call)
     clone.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, _whole_video)
     if inflation.windows.frames:
@@ -154,8 +156,13 @@ def inference_dtype(model: ModelPatcher) -> Any:
     return model.get_model_object("manual_cast_dtype") or base.get_dtype()
 
 
-def _video_call(temporal: TemporalLayers, group_norm: str, windows: Windows) -> Callable[..., Tensor]:
-    """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns."""
+def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[..., Tensor]:
+    """A wrapper that makes one UNet call a video call; everything it attaches is gone when it returns.
+
+    Args:
+        temporal: the layers of `inflation` in the model's dtype.
+    """
+    group_norm, windows, attends = inflation.group_norm, inflation.windows, inflation.attends
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         prompts = len(transformer_options.get("cond_or_uncond", (0,)))
@@ -183,7 +190,7 @@ def _video_call(temporal: TemporalLayers, group_norm: str, windows: Windows) -> 
 
     def whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs):
         # The executor's own module, not the base model's: with several GPUs each has its copy.
-        with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm) as attention:
+        with inflated(parts_of(executor.class_obj), temporal, videos, frames, group_norm, attends) as attention:
             if frames > 1:  # a single frame stays the image model's, to the bit
                 override = _video_attention(attention, transformer_options.get(OVERRIDE), x.device)
                 transformer_options = {**transformer_options, OVERRIDE: override}

@@ -5,12 +5,17 @@ tokens of width c.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+
+# The frames whose keys and values a frame attends to; the paper's first. "own" is the image model's.
+Attends = Literal["first_previous", "first_own_previous", "all", "own"]
+ATTENDS: tuple[str, ...] = get_args(Attends)
+PAPERS = "first_previous"
 
 
 def sparse_causal(kv: Tensor, frames: int) -> Tensor:
@@ -34,34 +39,61 @@ def sparse_causal(kv: Tensor, frames: int) -> Tensor:
     return torch.cat([first.expand_as(video), previous], dim=2).flatten(0, 1)
 
 
+def attended(kv: Tensor, frames: int, attends: str) -> Tensor:
+    """Keys or values `(b f) n c` of the frames that each frame attends to, `(b f) (w n) c`; see ATTENDS."""
+    if attends == PAPERS:
+        return sparse_causal(kv, frames)
+    if attends == "own" or frames == 1:
+        return kv
+    video = rearrange(kv, "(b f) n c -> b f n c", f=frames)
+    if attends == "all":
+        return repeat(video, "b g n c -> (b f) (g n) c", f=frames)
+    first, previous = video[:, :1].expand_as(video), torch.cat([video[:, :1], video[:, :-1]], dim=1)
+    return torch.cat([first, video, previous], dim=2).flatten(0, 1)
+
+
 class SparseCausal:
     """Sparse-causal attention in one UNet: selects keys and values, and leaves out the work that repeats itself.
 
     The keys go to whatever computes the attention, so another pack's attention sees them all. Where it is the UNet's
     own that is called (`attend`), frames 0 and 1, whose two frames are one and the same, are computed together on that
-    frame's keys alone.
+    frame's keys alone; and where each frame attends to all, their keys are there once for all of them.
 
     Args:
         frames: of each video in the batch.
+        attends: one of ATTENDS.
     """
 
-    def __init__(self, frames: int):
-        self.frames = frames
+    def __init__(self, frames: int, attends: str = PAPERS):
+        self.frames, self.attends = frames, attends
         self._keys: Tensor | None = None
         self._own: list[Tensor] | None = None  # each frame's own keys and values, where a node replaces the attention
 
     def keys(self, projected: Tensor) -> Tensor:
-        """`sparse_causal` keys, which `attend` will know again."""
+        """The keys that are attended to, which `attend` will know again."""
+        if self._whole and self._keys is not None:
+            raise ValueError(
+                "another node computes self-attention by itself, and would leave each frame alone where all should be "
+                "attended to. Remove it, or set attends to first_previous in Inflate UNet."
+            )
         if self._own is not None:
             self._own = [projected]
-        self._keys = sparse_causal(projected, self.frames)
+        self._keys = self._selected(projected)
         return self._keys
 
     def values(self, projected: Tensor) -> Tensor:
-        """`sparse_causal` values."""
+        """The values that are attended to."""
         if self._own is not None:
             self._own.append(projected)
-        return sparse_causal(projected, self.frames)
+        return self._selected(projected)
+
+    @property
+    def _whole(self) -> bool:
+        # A copy of all keys for each frame would be large, and `attend` needs none.
+        return self.attends == "all" and self.frames > 1 and self._own is None
+
+    def _selected(self, projected: Tensor) -> Tensor:
+        return projected if self._whole else attended(projected, self.frames, self.attends)
 
     def replaced(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Another node's `function(q, k, v, …)` in place of the attention, on the keys and values of this one.
@@ -90,7 +122,10 @@ class SparseCausal:
         """`function(q, k, v, heads, …)`: an attention of any kind, on `b n c`. All but ours is left to it."""
         ours = k is self._keys  # no cross-attention's, nor copies that another node has made
         self._keys = None
-        if not ours or self.frames <= 2 or args or kwargs.get("mask") is not None:
+        if ours and self._whole:
+            q, k, v = (t.unflatten(0, (-1, self.frames)).flatten(1, 2) for t in (q, k, v))
+            return function(q, k, v, heads, *args, **kwargs).unflatten(1, (self.frames, -1)).flatten(0, 1)
+        if not ours or self.attends != PAPERS or self.frames <= 2 or args or kwargs.get("mask") is not None:
             return function(q, k, v, heads, *args, **kwargs)
         tokens = k.shape[1] // 2  # of one frame; there are fewer queries where another node merged them (ToMe)
 

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from .attention import SparseCausal, TemporalAttention
+from .attention import PAPERS, SparseCausal, TemporalAttention
 
 GroupNormMode = Literal["video", "per_frame"]
 GROUP_NORM_MODES: tuple[str, ...] = get_args(GroupNormMode)
@@ -36,11 +36,15 @@ class UNetParts:
         video_norms: the group norms that the reference computes over a whole video.
         stages: the residual blocks and transformers, in which almost all activations live; gradient
             checkpointing works on these.
+        decoder: names of the blocks in the UNet's second half.
+        layout: the residual block of the decoder whose output holds the layout of the picture.
     """
 
     blocks: Mapping[str, Any]
     video_norms: list[Any]
     stages: list[Any]
+    decoder: frozenset[str]
+    layout: Any
 
 
 class TemporalLayers(nn.Module):
@@ -142,13 +146,19 @@ def _in_parts(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def attach(
-    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str, undo: ExitStack
+    parts: UNetParts,
+    temporal: TemporalLayers,
+    videos: int,
+    frames: int,
+    group_norm: str,
+    undo: ExitStack,
+    attends: str = PAPERS,
 ) -> SparseCausal:
     """Make one UNet a video UNet, for a batch of `videos` of `frames` each, until `undo` is closed.
 
     Returns what may compute its attention (`attend`).
     """
-    attention = SparseCausal(frames)
+    attention = SparseCausal(frames, attends)
 
     def hook(handle: Any) -> None:
         undo.callback(handle.remove)
@@ -185,11 +195,11 @@ def attach(
 
 @contextmanager
 def inflated(
-    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str
+    parts: UNetParts, temporal: TemporalLayers, videos: int, frames: int, group_norm: str, attends: str = PAPERS
 ) -> Iterator[SparseCausal]:
     """The UNet is a video UNet inside this block, and as it was after it, whatever happens. See `attach`."""
     with ExitStack() as undo:
-        yield attach(parts, temporal, videos, frames, group_norm, undo)
+        yield attach(parts, temporal, videos, frames, group_norm, undo, attends)
 
 
 # What is recomputed in the backward pass instead of kept: the more, the less memory and the more time.

@@ -47,7 +47,8 @@ def apply_weights(
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
     cut = weights.windows if windows is None else windows
-    tuned = host.with_inflation(model, host.Inflation(temporal, weights.group_norm, weights.frames, cut))
+    inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends)
+    tuned = host.with_inflation(model, inflation)
     host.add_tune(tuned, weights.queries, content)
     return tuned
 

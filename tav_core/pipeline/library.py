@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import host
+from ..method.attention import PAPERS
 from ..method.inflation import TemporalLayers
 from ..store import files, published
 from ..store.weights import TunedWeights, load_file, save_file
@@ -131,6 +132,8 @@ def save_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str)
     name = _write_new(weights, prefix, "", write)
     if not published.regular(host.config_of(model)):
         log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
+    if weights.attends != PAPERS:
+        log.warning("Tune-A-Video: these weights attend to %s, which the paper's code does not", weights.attends)
     if weights.group_norm != "video":
         log.warning("Tune-A-Video: these weights were tuned with group norm per frame, which the paper's code has not")
     return name

@@ -82,7 +82,8 @@ class TrainingUNet:
             self.temporal.assign(video.inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        attention = attach(parts, self.temporal, 1, frames, video.inflation.group_norm, ExitStack())
+        inflation = video.inflation
+        attention = attach(parts, self.temporal, 1, frames, inflation.group_norm, ExitStack(), inflation.attends)
         self.attend = partial(attention.attend, wide_heads(sdpa) if video.device.type == "cpu" else sdpa)
         checkpoint_stages(parts, recompute)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.attention import ATTENDS, PAPERS
 from ..method.inflation import GROUP_NORM_MODES
 from ..method.tuning import Recipe
 from ..method.windows import WHOLE, Windows
@@ -42,6 +43,7 @@ class TunedWeights:
         size: width and height of the clip in pixels; None when unknown.
         recipe: None when unknown.
         date: when the tune ended, UTC, ISO 8601.
+        attends: the frames that each frame attended to (`attention.ATTENDS`).
     """
 
     queries: dict[str, Tensor]
@@ -57,6 +59,7 @@ class TunedWeights:
     recipe: Recipe | None = None
     date: str = ""
     windows: Windows = WHOLE
+    attends: str = PAPERS
 
 
 def difference(target: Tensor, base: Tensor) -> Tensor:
@@ -117,6 +120,8 @@ def load_file(path: Path) -> TunedWeights:
             raise ValueError(f"{path.name} is incomplete: it holds no {part} tensors. Save the weights again.")
     if (mode := metadata.get("group_norm")) not in GROUP_NORM_MODES:
         raise ValueError(f"{path.name} has an unknown group norm {str(mode)[:20]!r}: update the Tune-A-Video pack.")
+    if (mode := metadata.get("attends", PAPERS)) not in ATTENDS:
+        raise ValueError(f"{path.name} attends to unknown frames {str(mode)[:20]!r}: update the Tune-A-Video pack.")
     return TunedWeights(**parts, **from_metadata(metadata))
 
 
@@ -140,6 +145,8 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
         "losses": json.dumps(shortened(weights.losses)),
         "date": weights.date,
     }
+    if weights.attends != PAPERS:
+        known |= {"attends": weights.attends}
     if weights.windows.frames:
         known |= {"window": weights.windows.frames, "overlap": weights.windows.overlap}
     return {key: "" if value is None else str(value) for key, value in known.items()}
@@ -164,6 +171,7 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     return {
         "frames": _count(text.get("frames", "")),
         "group_norm": metadata["group_norm"],
+        "attends": metadata.get("attends", PAPERS),  # files of before there was a choice do not say
         "losses": losses if isinstance(losses, list) and all(map(_is_number, losses)) else [],
         "base_family": text.get("base_family", ""),
         "base_fingerprint": text.get("base_fingerprint", ""),
