@@ -98,7 +98,7 @@ class Subject:
 
     def video(self, group_norm: str = GROUP_NORM, attends: str = PAPERS) -> host.ModelPatcher:
         """The inflated model, untuned."""
-        return host.inflate(self.studio.model, group_norm, attends)
+        return host.inflate(self.studio.model, group_norm, attends=attends)
 
     @cached_property
     def tuned(self) -> host.ModelPatcher:

@@ -119,6 +119,18 @@ class OneShotTune(io.ComfyNode):
                     optional=True,
                     tooltip="Empty text, as in DDIM Invert and Sample Video, for truer previews.",
                 ),
+                advanced(
+                    io.Int,
+                    "use_step",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip=(
+                        "0: the last step's weights. Or those of an earlier one, without tuning again: every "
+                        "validation_every steps are kept, up to four, 0.3 GB each for SD1.5."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],  # the graph, which knows the caption's text
             outputs=[
@@ -149,6 +161,7 @@ class OneShotTune(io.ComfyNode):
         validation_every=100,
         validation_prompt=None,
         validation_negative=None,
+        use_step=0,
     ) -> io.NodeOutput:
         recipe = Recipe(steps, learning_rate, seed, weight_decay, max_grad_norm)
         prompt, node = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else (None, None)
@@ -164,7 +177,7 @@ class OneShotTune(io.ComfyNode):
             precision,
             memory,
             view.on_step,
-            saving=Saving(runs_folder(), save_every, reuse == "restart"),
+            saving=Saving(runs_folder(), save_every, reuse == "restart", validation_every, use_step),
             validation=validation,
             tell=view.tell,
         )

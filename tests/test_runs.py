@@ -35,9 +35,19 @@ def folder(tmp_path):
 def tune(inflated, clip, prompts, folder):
     """Tune with saving, as nodes run; what the user was told is in `tune.told`."""
 
-    def run(steps=6, every=2, restart=False, on_step=lambda _step: None, model=inflated, latents=clip, **recipe):
+    def run(
+        steps=6,
+        every=2,
+        restart=False,
+        on_step=lambda _step: None,
+        model=inflated,
+        latents=clip,
+        early=None,
+        use=0,
+        **recipe,
+    ):
         run.told.clear()
-        saving = Saving(folder, every, restart)
+        saving = Saving(folder, every, restart, early, use)
         with torch.inference_mode():
             return one_shot_tune(
                 model,
@@ -477,3 +487,89 @@ def test_killed_at_20_moments_it_ends_as_if_undisturbed(tmp_path):
     assert report["continued"] == 20 and report["resumed"] >= 10
     assert report["identical"]
     assert Path(tmp_path, "killed").exists()
+
+
+# --- weights of early steps ---
+
+
+def early_in(folder):
+    return sorted(int(name.split(".")[1]) for name in files(folder) if name.endswith(runs.EARLY))
+
+
+def test_an_early_step_is_used_later_as_if_it_had_been_the_last(tune, undisturbed, no_training, folder):
+    whole, expected = tune(early=2), undisturbed(2)
+    assert early_in(folder) == [2, 4] and identical(whole, undisturbed(6))
+    sizes = {path.name.endswith(runs.EARLY): path.stat().st_size for path in folder.iterdir()}
+    assert sizes[True] < 0.4 * sizes[False]
+    no_training()
+    seen = []
+    weights = tune(early=2, use=2, on_step=seen.append)
+    assert tune.told == ["used: the weights of step 2"] and len(seen) == 2
+    assert weights.recipe.steps == 2 and identical(weights, expected)
+    assert identical(tune(early=2), whole)
+
+
+def test_the_first_tune_gives_the_early_step_too(tune, undisturbed, folder):
+    assert identical(tune(early=2, use=4), undisturbed(4))
+    assert tune.told == ["used: the weights of step 4"] and early_in(folder) == [2, 4]
+
+
+def test_a_tune_that_goes_on_gives_the_early_step_too(tune, undisturbed):
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tune(early=2, use=4, on_step=cancel_at(3))
+    assert identical(tune(early=2, use=4), undisturbed(4))
+
+
+@pytest.mark.parametrize(
+    "early, use, said", [(2, 3, "keeps 2, 4, 6 "), (None, 2, "keeps 6 "), (2, 7, "but steps is 6")]
+)
+def test_a_step_that_is_not_kept_is_refused_before_any_work(tune, no_training, early, use, said):
+    no_training()
+    with pytest.raises(ValueError, match=said):
+        tune(early=early, use=use)
+
+
+def test_a_step_that_was_not_kept_in_time_is_refused(tune, no_training):
+    tune()
+    no_training()
+    with pytest.raises(ValueError, match="step 2 of this tune is not kept"):
+        tune(early=2, use=2)
+
+
+def test_an_early_step_that_cannot_be_kept_stops_no_tune(tune, undisturbed, monkeypatch):
+    def full(_run, _state, _step):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(runs.Run, "keep", full)
+    assert identical(tune(early=2, use=2), undisturbed(2))
+    lost = [f"the weights of step {step} could not be kept (No space left on device)" for step in (2, 4)]
+    assert tune.told == [*lost, "used: the weights of step 2"]
+
+
+@pytest.mark.parametrize(
+    "steps, every, kept",
+    [(500, 100, [100, 200, 300, 400]), (300, 100, [100, 200]), (100, 100, []), (500, 50, [150, 300, 450])],
+)
+def test_few_early_steps_are_kept_evenly(steps, every, kept):
+    assert runs.early_steps(steps, every) == kept and len(kept) <= runs.MOST_EARLY
+
+
+def test_early_steps_count_for_the_size_and_go_with_their_run(tune, folder, monkeypatch):
+    tune(early=2)
+    monkeypatch.setenv("TAV_KEEP_RUNS", "1")
+    tune(seed=1, early=3)
+    assert early_in(folder) == [3] and len(files(folder)) == 2, (
+        "the other run's state went, and its early steps with it"
+    )
+    (size,) = {path.stat().st_size for path in folder.iterdir() if not path.name.endswith(runs.EARLY)}
+    monkeypatch.setenv("TAV_KEEP_GIB", str(1.1 * size / 2**30))
+    tune(7, seed=1, early=3)
+    assert early_in(folder) == [] or sum(path.stat().st_size for path in folder.iterdir()) <= 1.1 * size
+
+
+def test_a_corrupt_early_step_is_not_used(tune, folder):
+    tune(early=2)
+    (path,) = (path for path in folder.iterdir() if path.name.endswith(f"4{runs.EARLY}"))
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    with pytest.raises(ValueError, match="step 4 of this tune is not kept"):
+        tune(early=2, use=4)

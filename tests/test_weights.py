@@ -289,7 +289,7 @@ def test_weights_remember_the_frames_attended_to(model, make_weights, file, clip
 def test_a_tune_attends_to_the_frames_of_its_model(model, clip, prompts):
     losses = []
     for attends in ("first_previous", "all"):
-        (video,) = InflateUNet.execute(model, "video", attends).result
+        (video,) = InflateUNet.execute(model, "video", attends=attends).result
         with torch.inference_mode():
             tuned, learned = OneShotTune.execute(video, clip, prompts[1], 1, 1e-3, 7, "fp32", 0.01, 1.0).result[:2]
         assert learned.attends == host.inflation_of(tuned).attends == attends

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..method.attention import PAPERS
 from ..method.inflation import RECOMPUTE
 from ..method.memory import MEMORY, Estimate, plan
 from ..method.tuning import (
@@ -46,11 +47,15 @@ class Saving:
         folder: where (`runs_folder`).
         every: steps between two saves; it is also saved at Cancel, at an error and at the end.
         restart: begin anew, even if a saved state could be continued; that stays until this tune has come as far.
+        early: steps between weights that are kept beside that, to be used later (`runs.early_steps`); None keeps none.
+        use: the step whose weights are wanted; 0 is the last.
     """
 
     folder: Path
     every: int = 50
     restart: bool = False
+    early: int | None = None
+    use: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ def one_shot_tune(
         tell: called with what the user should know: resumed, reused, not saved, out of memory, what of the model and
             the latents is not used.
 
-    Raises ValueError when the inputs do not fit each other or the caption carries what a tune cannot use, MemoryError
-    when it does not fit, by the estimate or in fact, and FloatingPointError when the loss, the gradient or what was
-    learned is not finite.
+    Raises ValueError when the inputs do not fit each other, the caption carries what a tune cannot use or the step that
+    is wanted (`saving.use`) is neither kept nor will be, MemoryError when it does not fit, by the estimate or in fact,
+    and FloatingPointError when the loss, the gradient or what was learned is not finite.
     """
     prompts = {"caption": caption}
     if validation is not None:
@@ -146,38 +151,69 @@ def one_shot_tune(
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             return replace(weights, base_fingerprint=identity, date=date or now)
 
+        def reused(saved: runs.Saved, recipe: Recipe) -> TunedWeights:
+            reports = reports_of(saved.state)
+            for report in reports:
+                on_step(report)
+            return signed(_result(video, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
+
         run = saved = None
         if saving is not None:
             key = _run_key(video, identity, latents, context, recipe, precision)
             run = runs.Run(saving.folder, key, recipe.steps)
+            earlier = 0 < saving.use < recipe.steps and not saving.restart
+            if earlier and (kept := run.at(saving.use)):
+                tell(f"used: the weights of step {saving.use}")
+                return reused(kept, replace(recipe, steps=saving.use))
             saved = None if saving.restart else run.load()
+            _check_use(saving, recipe.steps, len(reports_of(saved.state)) if saved else 0)
         if saved is not None:
             reports = reports_of(saved.state)
             finished = len(reports) == recipe.steps
             tell(f"reused: all {recipe.steps} steps were saved" if finished else f"resumed after step {len(reports)}")
+            if finished:
+                return reused(saved, recipe)
             for report in reports:
                 on_step(report)
-            if finished:
-                return signed(_result(video, weights_of(saved.state), reports, recipe, latents.shape), saved.date)
         host.unload(video.device)
         recompute = memory if memory in RECOMPUTE else _plan(video, latents.shape, context.shape[1], precision, memory)
-        every = recipe.steps if saving is None else saving.every
-        tune = _Tune(video, latent, latents, context, recipe, precision, draws, run, every, validation, on_step, tell)
+        saving = saving or Saving(runs_folder(), recipe.steps)  # where there is no run, nothing is saved
+        tune = _Tune(video, latent, latents, context, recipe, precision, draws, run, saving, validation, on_step, tell)
         for attempted in dict.fromkeys((recompute, "all")):
             weights = None
             with host.surviving_out_of_memory():
                 weights = tune.attempt(attempted, saved and saved.state)
             host.free_memory()  # here, where no traceback holds the network any more
             if weights is not None:
+                if tune.used:
+                    tell(f"used: the weights of step {saving.use}")
                 return signed(weights, tune.date)
             if attempted != "all":
                 # After `restart`, only what this very tune has saved.
-                saved = run.load(tune.saved if saving and saving.restart else None) if run and tune.saved else None
+                saved = run.load(tune.saved if saving.restart else None) if run and tune.saved else None
                 start = f"from step {len(reports_of(saved.state))}" if saved else "from the start"
                 tell(f"out of memory; tried again with memory low, {start}")
         raise MemoryError(
             "the device ran out of memory even with memory low. Use fewer frames or a smaller size, or "
             "close what else uses the device; the same graph then runs as usual."
+        )
+
+
+def _check_use(saving: Saving, steps: int, done: int) -> None:
+    """Whether a tune that is to go on after `done` steps will come past the step that is wanted.
+
+    Raises ValueError when it will not, or would not keep it.
+    """
+    if saving.use in (0, steps):
+        return
+    if saving.use > steps:
+        raise ValueError(f"use_step is {saving.use}, but steps is {steps}: use an earlier step, or tune for longer.")
+    kept = runs.early_steps(steps, saving.early) if saving.early else []
+    if saving.use <= done or saving.use not in kept:
+        raise ValueError(
+            f"step {saving.use} of this tune is not kept; of {steps} steps it keeps "
+            f"{', '.join(map(str, [*kept, steps]))} (validation_every). Set use_step to one of these, or steps to "
+            f"{saving.use}."
         )
 
 
@@ -187,9 +223,10 @@ class _Tune:
 
     Attributes:
         latents, context: in the model's space, float32.
-        run: where the state is saved after every `save_every` steps; None saves nothing.
+        run: where the state is saved as `saving` says; None saves nothing.
         saved, last_save: the step whose state this tune has on disk, and the last one that should be.
         date: of the state of `last_save`, where it was saved.
+        used: what was learned by the step that is wanted, if that is not the last.
     """
 
     video: host.Video
@@ -200,13 +237,14 @@ class _Tune:
     precision: str
     draws: Callable[[], Iterator[Draw]] | None
     run: runs.Run | None
-    save_every: int
+    saving: Saving
     validation: Validation | None
     on_step: Callable[[Step], None]
     tell: Callable[[str], None]
     saved: int = 0
     last_save: int = 0
     date: str = ""
+    used: TunedWeights | None = None
 
     def attempt(self, recompute: str, state: dict[str, Tensor] | None) -> TunedWeights:
         """Train to the end, from the start or from `state`, which is used up by this."""
@@ -225,15 +263,19 @@ class _Tune:
 
         def after_step(step: Step) -> None:
             self.on_step(step)
-            if step.number % self.save_every == 0:
+            if step.number % self.saving.every == 0:
                 self.save(training)
+            if self.run is not None and self.saving.early and step.number in self.early:
+                self.keep(training)
+            if step.number == self.saving.use:
+                self.used = replace(self.result(training), recipe=replace(self.recipe, steps=step.number))
             if self.validation is not None and step.number % self.validation.every == 0:
                 self.validate(training, self.validation)
             host.stop_if_interrupted()
 
         try:
             training.run(network, self.latents, sigmas, self.video.prediction_type, after_step)
-            return self.result(training)
+            return self.used or self.result(training)
         except FloatingPointError as error:
             self.save(training)
             kept = f"The state of step {self.saved} stays saved: set steps to {self.saved} to use it."
@@ -253,6 +295,19 @@ class _Tune:
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             older = f"the saved state of step {self.saved} stays" if self.saved else "nothing is saved yet"
             self.tell(f"step {step} could not be saved ({error}); {older}")
+
+    @property
+    def early(self) -> list[int]:
+        return runs.early_steps(self.recipe.steps, self.saving.early or self.recipe.steps)
+
+    def keep(self, training: Training) -> None:
+        """Keep what was trained so far, to be used later. That it cannot be is told, and does not stop the tune."""
+        assert self.run is not None
+        step = len(training.reports)
+        try:
+            self.run.keep(training.state(), step)
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            self.tell(f"the weights of step {step} could not be kept ({error})")
 
     def validate(self, training: Training, validation: Validation) -> None:
         """Sample the edit with the present weights, and show it. What fails in this ends the previews, not the tune."""
@@ -320,9 +375,10 @@ def _run_key(video: host.Video, identity: str, latents: Tensor, context: Tensor,
 
     What is recomputed is left out: the result is the same.
     """
-    windows = video.inflation.windows
+    windows, attends = video.inflation.windows, video.inflation.attends
     return digest(
         {
+            **({} if attends == PAPERS else {"attends": attends}),  # states saved before there was a choice stay found
             "method": METHOD_VERSION,
             "model": identity,
             "config": repr(sorted(host.config_of(video.patcher).items())),
@@ -363,6 +419,7 @@ def _result(
         frames=frames,
         group_norm=video.inflation.group_norm,
         windows=video.inflation.windows,
+        attends=video.inflation.attends,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),

@@ -5,6 +5,9 @@ the number of steps: as the draws are one stream, a run of 300 steps is the begi
 continued from the longest saved state that does not reach beyond it. STEP is how many steps were done: a state
 replaces none but one of as many steps. A run that has come further removes its own shorter ones, and no others.
 
+Of a few early steps, what was trained is kept without what it takes to go on from there, as `KEY.STEP.early…`: a third
+of the size. These stay as long as a state of their run does.
+
 How much is kept is set here: `KEEP_RUNS` files and `KEEP_GIB` GiB, or the environment variables TAV_KEEP_RUNS and
 TAV_KEEP_GIB. The files used longest ago go first.
 """
@@ -31,7 +34,12 @@ KEEP_GIB = 20.0
 
 FORMAT = "tune_a_video run 2"
 SUFFIX = ".safetensors"
+EARLY = ".early.safetensors"
 CORRUPT = ".corrupt"
+MOST_EARLY = 4  # of one run
+
+# Parts of a `Training.state` that say what was trained, by the beginnings of their names.
+WEIGHTS_OF_A_STATE = ("weight/", "losses", "grad_norms")
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +79,32 @@ class Run:
         for done, path in sorted(self._saved(), reverse=True):
             if done > self.steps or step not in (None, done):
                 continue
-            try:
-                saved = _read(path, self.key, done)
-            except (OSError, ValueError) as error:
-                _distrust(path, error)
-                continue
-            with contextlib.suppress(OSError):
-                os.utime(path)  # used now: among the last to go
-            return saved
+            if saved := self._trusted(path, done):
+                return saved
         return None
+
+    def _trusted(self, path: Path, step: int) -> Saved | None:
+        try:
+            saved = _read(path, self.key, step)
+        except (OSError, ValueError) as error:
+            _distrust(path, error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now: among the last to go
+        return saved
+
+    def at(self, step: int) -> Saved | None:
+        """What was trained by exactly this step, from a state or an early one; None where neither is kept."""
+        if saved := self.load(step):
+            return saved
+        path = self._path(step, EARLY)
+        return self._trusted(path, step) if path.exists() else None
+
+    def keep(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Keep what was trained by an early `step`. Raises as `save`, of whose `state` it takes a part."""
+        trained = {name: value for name, value in state.items() if name.startswith(WEIGHTS_OF_A_STATE)}
+        self._write(trained, step, self._path(step, EARLY))
+        _tidy(self.folder, {path for _step, path in self._saved()})
 
     def save(self, state: Mapping[str, Tensor], step: int) -> str:
         """Save `state` after `step` steps, at once or not at all; the date that it is saved with.
@@ -87,22 +112,26 @@ class Run:
         Raises ValueError when it holds values that are not finite, OSError when it cannot be written; what was saved
         before is then as it was.
         """
+        date = self._write(state, step, self._path(step))
+        for done, path in self._saved():
+            if done < step:
+                with contextlib.suppress(OSError, ValueError):
+                    if _about(path)["steps"] == str(self.steps):
+                        path.unlink()
+        _tidy(self.folder, {path for done, path in self._saved() if done >= step})
+        return date
+
+    def _write(self, state: Mapping[str, Tensor], step: int, path: Path) -> str:
         _check_finite(state)
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         about = {"format": FORMAT, "step": str(step), "steps": str(self.steps), "date": date}
         about["digest"] = _signature(self.key, about, state)
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_safetensors(self._path(step), state, about)
-        for done, path in self._saved():
-            if done < step:
-                with contextlib.suppress(OSError, ValueError):
-                    if _about(path)["steps"] == about["steps"]:
-                        path.unlink()
-        _tidy(self.folder, {path for done, path in self._saved() if done >= step})
+        files.write_safetensors(path, state, about)
         return date
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"{self.key}.{step}{SUFFIX}"
+    def _path(self, step: int, ending: str = SUFFIX) -> Path:
+        return self.folder / f"{self.key}.{step}{ending}"
 
     def _saved(self) -> list[tuple[int, Path]]:
         """The steps done in each saved state of this key, and its file."""
@@ -110,6 +139,13 @@ class Run:
             (path.name[len(self.key) + 1 : -len(SUFFIX)], path) for path in self.folder.glob(f"{self.key}.*{SUFFIX}")
         )
         return [(int(done), path) for done, path in found if done.isdecimal()]
+
+
+def early_steps(steps: int, every: int) -> list[int]:
+    """The early steps of a run of `steps` that are kept: every so many, or fewer, as evenly as that allows."""
+    offered = range(every, steps, every)
+    apart = math.ceil(len(offered) / MOST_EARLY) or 1
+    return list(offered[apart - 1 :: apart])
 
 
 def _open(path: Path) -> Any:
@@ -158,21 +194,28 @@ def _distrust(path: Path, error: Exception) -> None:
 
 
 def _tidy(folder: Path, spared: set[Path]) -> None:
-    """Remove what killed processes left half-written, then the states used longest ago, until the limits hold."""
+    """Remove what killed processes left half-written, then the states used longest ago, until the limits hold.
+
+    Early ones count for the size, and go with the last state of their run.
+    """
     runs, size = _limit("TAV_KEEP_RUNS", KEEP_RUNS), _limit("TAV_KEEP_GIB", KEEP_GIB) * 2**30
     files.sweep(folder, f"*{files.UNFINISHED}")
     states = []
     for path in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{SUFFIX}{CORRUPT}")):
         with contextlib.suppress(OSError):  # here and below: another process may tidy too
             states.append((path.stat().st_mtime, path.stat().st_size, path))
-    count, total = len(states), sum(length for _, length, _ in states)
+    early = {path for _, _, path in states if path.name.endswith(EARLY)}
+    count, total = len(states) - len(early), sum(length for _, length, _ in states)
     for _, length, path in sorted(states):
-        if count <= runs and total <= size:
-            break
-        if path not in spared:
+        if path not in spared and (total > size or (count > runs and path not in early)):
             with contextlib.suppress(OSError):
                 path.unlink()
-                count, total = count - 1, total - length
+                count, total = count - (path not in early), total - length
+    for path in early:
+        key = path.name.partition(".")[0]
+        if not any(state.exists() for _, _, state in states if state not in early and state.name.startswith(key)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _limit(variable: str, default: float) -> float:
