@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from ..tav_core.method import ddim
 from ..tav_core.pipeline import editing
-from .schema import CATEGORY, found_by
+from .schema import CATEGORY, advanced, found_by
 
 
 class DDIMInvert(io.ComfyNode):
@@ -27,6 +27,17 @@ class DDIMInvert(io.ComfyNode):
                     max=ddim.MAX_STEPS,
                     tooltip="DDIM steps, the same as in Sample Video. 50 in the paper; more follow the clip closer.",
                 ),
+                advanced(
+                    io.Combo,
+                    "method",
+                    options=list(editing.METHODS),
+                    default="plain",
+                    optional=True,
+                    tooltip=(
+                        "plain: as in the paper, and best for edits. exact: cfg 1 gives the clip back; takes half as "
+                        "long again. For reconstruction and masks only: plain edits get worse with it."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -42,5 +53,5 @@ class DDIMInvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, prompt, steps) -> io.NodeOutput:
-        return io.NodeOutput(*editing.invert(model, latents, prompt, steps))
+    def execute(cls, model, latents, prompt, steps, method="plain") -> io.NodeOutput:
+        return io.NodeOutput(*editing.invert(model, latents, prompt, steps, method=method))

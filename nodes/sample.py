@@ -1,8 +1,9 @@
 from comfy_api.latest import io
 
 from ..tav_core.method import ddim
+from ..tav_core.method.guidance import Steering
 from ..tav_core.pipeline import editing
-from .schema import CATEGORY, found_by
+from .schema import CATEGORY, advanced, found_by
 
 
 class SampleVideo(io.ComfyNode):
@@ -35,6 +36,60 @@ class SampleVideo(io.ComfyNode):
                     round=0.01,
                     tooltip="Guidance scale. 12.5 in the paper; lower keeps more of the clip, 1 reconstructs it.",
                 ),
+                advanced(
+                    io.Float,
+                    "cfg_end",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    round=0.01,
+                    optional=True,
+                    tooltip="Guidance scale after cfg_until. 1 or 3 after a strong start changes shapes and is calmer.",
+                ),
+                advanced(
+                    io.Float,
+                    "cfg_until",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the steps with cfg; cfg_end for the rest. 1: cfg all the way, as in the paper.",
+                ),
+                advanced(
+                    io.Float,
+                    "freedom",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of fresh noise in the inverted one, for another motion. 0 keeps the clip's.",
+                ),
+                advanced(
+                    io.Int,
+                    "freedom_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="Of the fresh noise: it counts only with freedom above 0.",
+                ),
+                advanced(
+                    io.Float,
+                    "structure",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip=(
+                        "Share of the steps that take their structure from the clip: 0.4 gives calmer motion and keeps "
+                        "the layout. Each such step takes half as long again."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output("video", display_name="video", tooltip="The edited clip's latents, for VAE Decode.")
@@ -42,5 +97,19 @@ class SampleVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, positive, negative, steps, cfg) -> io.NodeOutput:
-        return io.NodeOutput(editing.sample_video(model, latents, positive, negative, steps, cfg))
+    def execute(
+        cls,
+        model,
+        latents,
+        positive,
+        negative,
+        steps,
+        cfg,
+        cfg_end=1.0,
+        cfg_until=1.0,
+        freedom=0.0,
+        freedom_seed=0,
+        structure=0.0,
+    ) -> io.NodeOutput:
+        steering = Steering(cfg_end, cfg_until, freedom, freedom_seed, structure)
+        return io.NodeOutput(editing.sample_video(model, latents, positive, negative, steps, cfg, steering=steering))

@@ -7,6 +7,7 @@ missing, `LOST` says what; this module can be imported still, and `nodes` refuse
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method import ddim
+from ..method.guidance import Source
 from ..method.inflation import UNetParts
 from ..method.tuning import PredictionType
 from ..store.digest import digest
@@ -105,11 +107,27 @@ def parts_of(unet: nn.Module) -> UNetParts:
     resnets = [module for module in modules.values() if isinstance(module, ResBlock)]
     transformers = [module for module in modules.values() if isinstance(module, SpatialTransformer)]
     norms = [norm for resnet in resnets for norm in (resnet.in_layers[0], resnet.out_layers[0])]
+    blocks = {name: module for name, module in modules.items() if isinstance(module, BasicTransformerBlock)}
     return UNetParts(
-        blocks={name: module for name, module in modules.items() if isinstance(module, BasicTransformerBlock)},
+        blocks=blocks,
         video_norms=[*norms, modules["out.0"]],
         stages=[*resnets, *transformers],
+        decoder=frozenset(name for name in blocks if name.startswith("output_blocks.")),
+        layout=_layout(unet),
     )
+
+
+def _layout(unet: Any) -> Any:
+    """Of the decoder's second level, the middle residual block: in Stable Diffusion, output block 4."""
+    level = 0
+    levels: list[list[Any]] = [[]]
+    for block in unet.output_blocks:
+        levels[level].append(block[0])
+        if not isinstance(block[-1], (ResBlock, SpatialTransformer)):  # it ends with the step to the next size
+            level += 1
+            levels.append([])
+    second = levels[min(1, len(levels) - 1)]
+    return second[(len(second) - 1) // 2]
 
 
 def model_sigmas(model: ModelPatcher) -> Tensor:
@@ -125,6 +143,11 @@ def sampling_of(model: ModelPatcher) -> Any:
 def latents_of(model: ModelPatcher, samples: Tensor) -> Tensor:
     """LATENT samples in the scale of the model."""
     return model.model.process_latent_in(samples)
+
+
+def samples_of(model: ModelPatcher, latents: Tensor) -> Tensor:
+    """LATENT samples of latents in the scale of the model."""
+    return model.model.process_latent_out(latents)
 
 
 def config_of(model: ModelPatcher) -> dict[str, Any]:
@@ -341,6 +364,40 @@ def guided(model: ModelPatcher, positive: Conditioning, negative: Conditioning, 
     return guider
 
 
+def steered(
+    model: ModelPatcher,
+    positive: Conditioning,
+    negative: Conditioning,
+    cfg_at: Callable[[float], float],
+    source: tuple[Source, Conditioning, Callable[[float], Tensor | None]] | None = None,
+) -> comfy.samplers.CFGGuider:
+    """The host's guider, whose guidance scale may change, and which may share features of the source.
+
+    Args:
+        cfg_at: the guidance scale at a noise level.
+        source: the features, the prompt under which they are computed, and the source's latents [f, c, h, w] at a
+            noise level in the model's scale, or None where they are not shared. Each time costs a call of the UNet.
+    """
+
+    class Steered(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
+            sigma = float(timestep.max())
+            self.cfg = cfg_at(sigma)
+            latents = source and source[2](sigma)
+            if source is None or latents is None:
+                return super().predict_noise(x, timestep, model_options, seed)
+            with source[0].recorded():
+                prompt = [self.conds["source"]]
+                comfy.samplers.calc_cond_batch(self.inner_model, prompt, latents.to(x), timestep, model_options)
+            with source[0].shared():
+                return super().predict_noise(x, timestep, model_options, seed)
+
+    guider = Steered(model)
+    prompts = {"positive": positive, "negative": negative}
+    guider.inner_set_conds(prompts if source is None else {**prompts, "source": source[1]})
+    return guider
+
+
 def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGuider:
     """A guider that asks the model for one prompt and leaves it at that: an inversion is without guidance.
 
@@ -369,8 +426,9 @@ def run_sampler(
     callback: Callable[[int, Tensor, Tensor, int], None],
     noise: Tensor | None = None,
     mask: Tensor | None = None,
+    sampler: Callable[..., Tensor] = ddim.sample_ddim,
 ) -> Tensor:
-    """Follow `sigmas` with `ddim.sample_ddim`; LATENT samples in, LATENT samples out.
+    """Follow `sigmas` with a sampler of k-diffusion's signature; LATENT samples in, LATENT samples out.
 
     Args:
         guider: `guided` or `unguided`.
@@ -388,7 +446,7 @@ def run_sampler(
     out = guider.sample(
         torch.zeros_like(samples) if noise is None else noise,
         samples,
-        comfy.samplers.KSAMPLER(ddim.sample_ddim),
+        comfy.samplers.KSAMPLER(sampler),
         sigmas,
         denoise_mask=mask,
         callback=interruptible,
@@ -406,6 +464,36 @@ def run_sampler(
         mask = comfy.sampler_helpers.prepare_mask(mask, out.shape, out.device)
         out = torch.where(mask == 0, samples.to(out), out)
     return out
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def encoded(clip: Any, text: str) -> Conditioning:
+    """CONDITIONING of a text, as CLIP Text Encode makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def positions(clip: Any, text: str, words: str) -> list[int]:
+    """Where words stand in a text's CONDITIONING: the positions of their tokens, wherever these occur in a row.
+
+    Raises ValueError when the text does not have them.
+    """
+
+    def tokens(text: str) -> list[Any]:
+        parts = next(iter(clip.tokenize(text).values()))
+        return [token if isinstance(token, int) else None for part in parts for token, *_weight in part]
+
+    end = tokens("")[1]
+    wanted = list(itertools.takewhile(lambda token: token != end, tokens(words)[1:]))
+    given = tokens(text)
+    starts = [i for i in range(len(given)) if given[i : i + len(wanted)] == wanted]
+    if not wanted or not starts:
+        raise ValueError(
+            f"the word {words[:80]!r} is not in the caption {text[:200]!r}: write a word, or several in a row, as the "
+            "caption has them."
+        )
+    return sorted({start + i for start in starts for i in range(len(wanted))})
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

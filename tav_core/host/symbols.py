@@ -11,7 +11,7 @@ NEEDS = {
     # a MODEL: recognised by its classes, attached to by the names of its modules; cloned and patched, never changed
     "model": {
         f"{OPENAI}:UNetModel": "forward(x, timesteps, context, y, control, transformer_options) "
-        "in_channels channel_mult num_classes out",
+        "in_channels channel_mult num_classes out output_blocks",
         f"{OPENAI}:ResBlock": "in_layers out_layers",
         ATTENTION: "SpatialTransformer attention_pytorch(q, k, v, heads, mask, attn_precision)",
         f"{ATTENTION}:BasicTransformerBlock": "attn1 attn2 norm1 n_heads d_head",
@@ -45,7 +45,7 @@ NEEDS = {
         "comfy.samplers:KSAMPLER": "__init__(sampler_function)",
         "comfy.model_sampling:ModelSamplingDiscrete": "sigma_max",
         "comfy.model_sampling:EPS": "noise_scaling(sigma, noise, latent_image, max_denoise)",
-        "comfy.model_base:BaseModel": "process_latent_in(latent)",
+        "comfy.model_base:BaseModel": "process_latent_in(latent) process_latent_out(latent)",
         "comfy.model_management": "load_models_gpu(models) intermediate_device() "
         "throw_exception_if_processing_interrupted()",
         "comfy.utils": "PROGRESS_BAR_ENABLED",
@@ -63,6 +63,8 @@ NEEDS = {
         "folder_paths": "get_user_directory()",
         "torch.utils.checkpoint": "CheckpointPolicy create_selective_checkpoint_contexts()",
     },
+    # where words are in a text
+    "text": {"comfy.sd:CLIP": "tokenize(text) encode_from_tokens_scheduled(tokens)"},
     "files": {
         "folder_paths": "models_dir folder_names_and_paths add_model_folder_path(folder_name, full_folder_path) "
         "get_folder_paths(folder_name) get_filename_list(folder_name) recursive_search(directory)",

@@ -6,6 +6,7 @@ x(next) = x + (sigma(next) - sigma) * epsilon. The schedule's conventions are th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,23 @@ def ddim_sigmas(model_sigmas: Tensor, steps: int) -> Tensor:
     timesteps = ddim_timesteps(steps, len(model_sigmas))
     # Before the first timestep comes the level of timestep 0, not a clean picture.
     return torch.cat([model_sigmas[:1], model_sigmas[timesteps]]).cpu().float()
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A clip's latents at every noise level of its inversion.
+
+    Attributes:
+        sigmas: ascending, float32 on the CPU, [steps + 1].
+        latents: of each level, in sigma space and the model's scale, float32 on the CPU, [steps + 1, f, c, h, w].
+    """
+
+    sigmas: Tensor
+    latents: Tensor
+
+    def at(self, sigma: float) -> Tensor:
+        """The latents [f, c, h, w] of the level nearest to one."""
+        return self.latents[int((self.sigmas - sigma).abs().argmin())]
 
 
 def sample_ddim(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def check_inputs(
             "run ComfyUI with --fp32-vae) and the frames."
         )
     host.refuse_merged_tunes(model)
-    _check_mask(latent.get("noise_mask"), frames)
+    _check_mask(latent.get("noise_mask"), frames, sides)
     if inflation.frames not in (None, frames):
         raise ValueError(
             f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
@@ -66,9 +66,17 @@ def check_inputs(
     return video, samples
 
 
-def _check_mask(mask: Tensor | None, frames: int) -> None:
-    # The host would repeat too few masks, and drop too many, without a word.
-    if mask is not None and mask.ndim > 2 and mask.shape[0] not in (1, frames):
+def _check_mask(mask: Tensor | None, frames: int, sides: Sequence[int]) -> None:
+    # The host would repeat too few masks, drop too many, and stretch those of another shape, without a word.
+    if mask is None:
+        return
+    (height, width), (tall, wide) = mask.shape[-2:], sides
+    if abs(height * wide - width * tall) >= max(height, width):  # by a latent or more, were it as large as these
+        raise ValueError(
+            f"the latents' mask is {width} x {height}, another shape than the clip's {host.LATENT_PIXELS * wide} x "
+            f"{host.LATENT_PIXELS * tall}: it would be stretched. Crop or scale it as the clip was."
+        )
+    if mask.ndim > 2 and mask.shape[0] not in (1, frames):
         raise ValueError(
             f"the latents' mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole "
             f"clip, or {frames}, one a frame."

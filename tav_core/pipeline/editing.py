@@ -11,25 +11,46 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..method import ddim
+from ..method import ddim, guidance
+from ..method.inversion import invert_exactly
 from .checks import check_inputs
+
+# How a clip is inverted: each step guessed, as in the paper, or solved, so that sampling gives the clip back.
+METHODS = {"plain": ddim.sample_ddim, "exact": invert_exactly}
+PLAIN = guidance.Steering()
 
 
 def invert(
-    model: host.ModelPatcher, latent: Mapping[str, Any], prompt: host.Conditioning, steps: int, callback=None
+    model: host.ModelPatcher,
+    latent: Mapping[str, Any],
+    prompt: host.Conditioning,
+    steps: int,
+    callback=None,
+    method: str = "plain",
 ) -> tuple[dict[str, Any], InvertedNoise, Tensor]:
     """DDIM inversion of a clip: the noisy LATENT, the same as NOISE for the core's custom sampler, and its SIGMAS.
 
     The LATENT is in sigma space, as the host's own samplers leave unfinished latents. It keeps a mask that the clip
-    has, and carries how and of what it was made. The sigmas descend to 0. A mask takes no part in the inversion.
+    has, and carries how and of what it was made, with the latents of every level (76 MB for 24 frames of 512 x 512 in
+    50 steps). The sigmas descend to 0. A mask takes no part in the inversion.
+
+    Args:
+        method: one of METHODS.
     """
     video, samples = check_inputs(model, latent, prompt=prompt)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
-    out = host.run_sampler(
-        host.unguided(model, prompt), samples, sigmas, callback or host.preview_callback(model, steps)
-    )
+    show = callback or host.preview_callback(model, steps)
+    levels: list[Tensor] = []
+
+    def keep(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        levels.append(x.to("cpu", torch.float32, copy=True))
+        show(step, denoised, x, total)
+
+    out = host.run_sampler(host.unguided(model, prompt), samples, sigmas, keep, sampler=METHODS[method])
+    trajectory = ddim.Trajectory(sigmas, torch.stack([*levels, video.latents(out).to("cpu", torch.float32)]))
     sigma = float(sigmas[-1])
     made = {"steps": steps, "sigma": sigma, "clip": samples, "inverted": out}
+    made |= {"prompt": prompt, "trajectory": trajectory}
     inverted = {**latent, "samples": out, host.KEY: made}
     descending = torch.cat([sigmas[1:].flip(0), sigmas.new_zeros(1)])
     return inverted, InvertedNoise(model, out, sigma), descending
@@ -43,33 +64,81 @@ def sample_video(
     steps: int,
     cfg: float,
     callback=None,
+    steering: guidance.Steering = PLAIN,
 ) -> dict[str, Any]:
     """DDIM sampling from inverted latents; LATENT of the edited clip.
 
-    Outside of a mask in `latent`, the clip stays as it was.
+    Outside of a mask in `latent`, the clip stays as it was. The model sees it there on a straight line to its noise, as
+    in the host's own inpainting; on its trajectory instead, edits came out the same.
     """
     video, samples = check_inputs(model, latent, positive=positive, negative=negative)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps).flip(0)
     _check_inverted(video, latent, steps, float(sigmas[0]))
+    guider = _guider(video, latent, positive, negative, cfg, steering, sigmas)
+    if steering.freedom:
+        freed = guidance.freed(video.latents(samples), float(sigmas[0]), steering.freedom, steering.seed)
+        samples = host.samples_of(model, freed)
     noise, mask = None, latent.get("noise_mask")
     if mask is not None and bool((mask == 1).all()):
         mask = None  # it keeps nothing
     if mask is not None:
-        clip = {"samples": latent[host.KEY]["clip"]}
+        clip = {"samples": inversion_of(latent)["clip"]}
         noise = InvertedNoise(model, samples, float(sigmas[0])).generate_noise(clip)
         samples = clip["samples"]
         # As the core: what a soft mask blends is the model's last prediction, not what is left of the noise in it.
         sigmas = torch.cat([sigmas[:-1], sigmas.new_zeros(1)])
-    guider = host.guided(model, positive, negative, cfg)
     out = host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, steps), noise, mask)
     return {**{key: value for key, value in latent.items() if key != host.KEY}, "samples": out}
 
 
+def _guider(
+    video: host.Video,
+    latent: Mapping[str, Any],
+    positive: host.Conditioning,
+    negative: host.Conditioning,
+    cfg: float,
+    steering: guidance.Steering,
+    sigmas: Tensor,
+) -> Any:
+    """What guides an edit: the host's own guider, unless guidance changes or the source takes part."""
+    if steering.cfg_until == 1 and not steering.structure:
+        return host.guided(video.patcher, positive, negative, cfg)
+    switch, apart = (guidance.until(sigmas, share) for share in (steering.cfg_until, steering.structure))
+
+    def cfg_at(sigma: float) -> float:
+        return cfg if sigma > switch else steering.cfg_end
+
+    source = None
+    if steering.structure:
+        made = inversion_of(latent)
+        path = made["trajectory"]
+        source = guidance.Source(video.parts), made["prompt"], lambda sigma: path.at(sigma) if sigma > apart else None
+    return host.steered(video.patcher, positive, negative, cfg_at, source)
+
+
+def inversion_of(latent: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How and of what an inverted LATENT was made.
+
+    Raises ValueError where that is not known: the clip and its trajectory are.
+    """
+    made = latent.get(host.KEY, {})
+    if "trajectory" not in made or _changed(latent):
+        raise ValueError(
+            "the clip behind these latents is not known: they do not come from DDIM Invert, or were changed since. "
+            "Connect inverted of DDIM Invert."
+        )
+    return made
+
+
+def _changed(latent: Mapping[str, Any]) -> bool:
+    inverted = latent.get(host.KEY, {}).get("inverted", latent["samples"])
+    return inverted is not latent["samples"] and not torch.equal(inverted, latent["samples"])
+
+
 def _check_inverted(video: host.Video, latent: Mapping[str, Any], steps: int, sigma: float) -> None:
     made = latent.get(host.KEY, {})
-    inverted = made.get("inverted", latent["samples"])
-    changed = inverted is not latent["samples"] and not torch.equal(inverted, latent["samples"])
-    if latent.get("noise_mask") is not None and (changed or "clip" not in made):
+    changed = _changed(latent)
+    if latent.get("noise_mask") is not None and (changed or "trajectory" not in made):
         raise ValueError(
             "the latents have a mask, but what it should keep of the clip is not known: they do not come from DDIM "
             "Invert, or were changed since. Connect DDIM Invert, or take the mask off the latents."
