@@ -11,6 +11,7 @@ from .compare import CompareVideos
 from .demo import DemoClip, LoadDemoModel
 from .inflate import InflateUNet
 from .invert import DDIMInvert
+from .mask import FindMask
 from .published import ExportPublished, LoadPublished
 from .refuse import refusing
 from .sample import SampleVideo
@@ -26,6 +27,7 @@ NEEDS: dict[type[io.ComfyNode], tuple[str, ...]] = {
     InflateUNet: ("model",),
     OneShotTune: ("model", "weights", "sampling", "tuning"),
     DDIMInvert: ("model", "sampling"),
+    FindMask: ("model", "sampling", "text"),
     SampleVideo: ("model", "sampling"),
     SaveWeights: ("files",),
     LoadWeights: ("files",),

@@ -16,7 +16,7 @@ from tune_a_video.tav_core.host import drift
 from tune_a_video.tav_core.host.symbols import NEEDS, TORCH, TRIED
 
 CHANGED = "tune_a_video_on_a_changed_host"
-SAMPLING = {"TAVOneShotTune", "TAVDDIMInvert", "TAVSampleVideo"}
+SAMPLING = {"TAVOneShotTune", "TAVDDIMInvert", "TAVFindMask", "TAVSampleVideo"}
 PUBLISHED = {"TAVLoadPublished", "TAVExportPublished"}
 FILES = {"TAVSaveWeights", "TAVLoadWeights", *PUBLISHED}
 OF_A_MODEL = {"TAVInflateUNet", "TAVApplyWeights", "TAVLoadDemoModel", *SAMPLING, *PUBLISHED}
@@ -103,7 +103,7 @@ def test_the_other_nodes_work(model, clip, prompts, make_weights, monkeypatch, r
     for name in lost:
         lose(monkeypatch, name)
     nodes = reload()
-    assert refused(nodes).keys() == {"TAVOneShotTune", "TAVLoadDemoModel", *FILES}
+    assert refused(nodes).keys() == {"TAVOneShotTune", "TAVFindMask", "TAVLoadDemoModel", *FILES}
     with torch.inference_mode():
         (inflated,) = nodes["TAVInflateUNet"].execute(model, "video").result
         (tuned,) = nodes["TAVApplyWeights"].execute(inflated, learned, 1.0, 1.0).result

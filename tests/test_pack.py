@@ -27,6 +27,7 @@ def test_node_ids_and_names_stay():
         "TAVInflateUNet": "Inflate UNet",
         "TAVOneShotTune": "One-Shot Tune",
         "TAVDDIMInvert": "DDIM Invert",
+        "TAVFindMask": "Find Mask",
         "TAVSampleVideo": "Sample Video",
         "TAVLoadDemoModel": "Load Demo Model",
         "TAVDemoClip": "Demo Clip",
