@@ -29,9 +29,10 @@ from ..demo.world import Clip, Scene
 from ..tav_core import host
 from ..tav_core.method import ddim
 from ..tav_core.method.attention import PAPERS
+from ..tav_core.method.guidance import Steering
 from ..tav_core.method.tuning import Recipe
 from ..tav_core.pictures import image
-from ..tav_core.pipeline import editing
+from ..tav_core.pipeline import editing, finding
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import one_shot_tune
 from . import classifier, measure, sheet
@@ -112,9 +113,13 @@ class Subject:
     def invert(self, video: host.ModelPatcher) -> dict[str, Any]:
         return editing.invert(video, self.latent, self.studio.encode(""), STEPS, quiet)[0]
 
-    def edit_from(self, video: host.ModelPatcher, start: dict[str, Any]) -> Edit:
+    def edit_from(
+        self, video: host.ModelPatcher, start: dict[str, Any], cfg: float = CFG, steering: Steering = editing.PLAIN
+    ) -> Edit:
         studio, empty = self.studio, self.studio.encode("")
-        return lambda prompt: editing.sample_video(video, start, studio.encode(prompt), empty, STEPS, CFG, quiet)
+        return lambda prompt: editing.sample_video(
+            video, start, studio.encode(prompt), empty, STEPS, cfg, quiet, steering
+        )
 
 
 def quiet(*_args: Any) -> None:
@@ -156,6 +161,38 @@ def frame_by_frame(subject: Subject) -> Edit:
     return lambda prompt: {"samples": torch.cat([part(prompt)["samples"] for part in parts])}
 
 
+def steered(steering: Steering, cfg: float = CFG) -> Callable[[Subject], Edit]:
+    """The whole method with one of the ways to leave it."""
+    return lambda subject: subject.edit_from(subject.tuned, subject.invert(subject.tuned), cfg, steering)
+
+
+def attending(attends: str) -> Callable[[Subject], Edit]:
+    """Tuned, inverted and sampled with other frames to attend to."""
+
+    def method(subject: Subject) -> Edit:
+        video = subject.tune(attends=attends)
+        return subject.edit_from(video, subject.invert(video))
+
+    return method
+
+
+def masked(subject: Subject) -> Edit:
+    """With a mask of the object that the caption names, or of all but that; none where the style is edited."""
+    video, scene = subject.tuned, subject.clip.scenes[0]
+    start = subject.invert(video)
+
+    def edit(prompt: str) -> dict[str, Tensor]:
+        keeps_object, keeps_place = scene.object in prompt, scene.background in prompt
+        latent = start
+        if not (keeps_object and keeps_place):
+            what, grow = ("background", 0) if keeps_object else ("object", CELL)
+            words = subject.studio.clip, subject.clip.caption, scene.object
+            latent, _mask = finding.find_mask(video, start, *words, what, grow, callback=quiet)
+        return subject.edit_from(video, latent)(prompt)
+
+    return edit
+
+
 METHODS: dict[str, Callable[[Subject], Edit]] = {
     "Tune-A-Video": whole_method,
     "without tuning": without_tuning,
@@ -163,6 +200,15 @@ METHODS: dict[str, Callable[[Subject], Edit]] = {
     "without sparse-causal attention": without_sparse_causal,
     "group norms over the whole video": norms_over_the_video,
     "every frame by itself": frame_by_frame,
+}
+# Ways to leave the plain method; by --methods only.
+LEVERS: dict[str, Callable[[Subject], Edit]] = {
+    "mask of the object": masked,
+    "structure in 40 % of the steps": steered(Steering(structure=0.4)),
+    "guidance 7.5, then 1": steered(Steering(cfg_end=1.0, cfg_until=0.5), 7.5),
+    "freedom 0.3": steered(Steering(freedom=0.3)),
+    "attending to itself too": attending("first_own_previous"),
+    "attending to all frames": attending("all"),
 }
 TRUTH = "the edit drawn, not sampled"  # the last row of the table: what there is to reach
 
@@ -208,7 +254,7 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
     edited: dict[str, dict[str, Tensor]] = {}
     for name in methods:
         started = time.perf_counter()
-        edit = METHODS[name](subject)
+        edit = {**METHODS, **LEVERS}[name](subject)
         edited[name] = {head: studio.decode(edit(scene.caption)) for head, scene in wanted.items()}
         for head, pictures in edited[name].items():
             judge(name, head, pictures)
@@ -287,7 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="run.py evaluate", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="three clips instead of twelve")
     parser.add_argument("--clips", nargs="+", type=int, choices=range(len(CLIPS)), metavar="N", help="these clips only")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices={**METHODS, **LEVERS}, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("output/evaluation"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

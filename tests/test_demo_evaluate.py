@@ -40,6 +40,9 @@ def test_a_method_edits_as_it_is_named(short):
     motion, thing, place, *_ = evaluate.CLIPS[0]
     clip = evaluate.world.make_clip(motion, thing, place, frames=3, seed=100)
     subject = evaluate.Subject(studio, clip, studio.latents(clip.frames))
-    edited = {name: way(subject)("a dog on the beach")["samples"] for name, way in evaluate.METHODS.items()}
+    edited = {
+        name: way(subject)("a dog on the beach")["samples"]
+        for name, way in (evaluate.METHODS | evaluate.LEVERS).items()
+    }
     assert all(samples.shape == (3, 4, 16, 16) for samples in edited.values())
     assert not any(one.equal(other) for one, other in combinations(edited.values(), 2))
