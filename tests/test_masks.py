@@ -10,6 +10,7 @@ from tune_a_video.demo import world
 from tune_a_video.nodes.mask import FindMask
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import masks
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing, finding
 
 CAPTION = "a red car on the beach"
@@ -90,6 +91,16 @@ def test_watching_changes_nothing_and_leaves_nothing(inflated, clip, prompts, un
     assert all(a.shape[0] == 5 and a.min() >= 0 and a.max() <= 1 for a in maps)
 
 
+def test_maps_of_windows_become_the_clips():
+    windows = [[0, 1, 2], [0, 2, 3]]
+    of_block = {0: torch.arange(8.0).view(4, 2), 1: -torch.arange(4.0)[:, None].expand(4, 6)}
+    maps = [of_block[block][window] for _level in range(3) for window in windows for block in (0, 1)]
+    whole = masks.of_whole_clips(maps, 2, windows, 4)
+    assert len(whole) == 6 and all(torch.equal(a, of_block[i % 2]) for i, a in enumerate(whole))
+    differs = masks.of_whole_clips([torch.zeros(3, 2), torch.ones(3, 2)], 1, windows, 4)[0]
+    assert differs[:, 0].tolist() == [0.5, 0, 0.5, 1]
+
+
 # --- words ---
 
 
@@ -138,6 +149,18 @@ def test_it_finds_the_object_that_the_word_names(demo, inverted, unchanged):
     found, expected = mask[:, 4::8, 4::8] > 0, outline(demo[3])
     assert (found & expected).sum() / (found | expected).sum() > 0.5
     assert torch.equal(masked["noise_mask"][:, 0], mask) and masked["samples"] is latent["samples"]
+
+
+def test_it_finds_the_object_in_windows(demo, inverted):
+    base, clip, vae, _short = demo
+    drawn = world.make_clip("arc", "red car", "beach", frames=6, seed=100)
+    with torch.inference_mode():
+        model = host.inflate(base, "per_frame", Windows(4, 1))
+        latent = {"samples": vae.encode(torch.from_numpy(drawn.frames).float() / 255)}
+        start = editing.invert(model, latent, host.encoded(clip, ""), 2, silent)[0]
+        mask = finding.find_mask(model, start, clip, CAPTION, "car", callback=silent)[1]
+    found, expected = mask[:, 4::8, 4::8] > 0, outline(drawn)
+    assert (found & expected).sum() / (found | expected).sum() > 0.5
 
 
 def test_a_background_edit_keeps_what_an_object_edit_changes(demo, inverted):

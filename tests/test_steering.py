@@ -8,6 +8,7 @@ import torch
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import guidance, inversion
 from tune_a_video.tav_core.method.guidance import Steering
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
 
 STEPS, CFG = 6, 5.0
@@ -112,6 +113,18 @@ def test_structure_of_the_clip_itself_changes_nothing(inflated, clip, prompts):
         )
     torch.testing.assert_close(*same, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(*other, rtol=1e-2)
+
+
+def test_structure_of_the_clip_itself_changes_nothing_in_windows(model, prompts):
+    clip = {"samples": torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 5}
+    video = host.inflate(model, "video", Windows(4, 1))
+    with torch.inference_mode():
+        start = editing.invert(video, clip, prompts[0], 1, silent)[0]
+        same = [
+            editing.sample_video(video, start, prompts[0], prompts[0], 1, 1.0, silent, way)["samples"]
+            for way in (Steering(), Steering(structure=1.0))
+        ]
+    torch.testing.assert_close(*same, rtol=1e-4, atol=1e-4)
 
 
 def test_structure_is_shared_in_the_first_steps_and_leaves_nothing(inflated, edit, unchanged):

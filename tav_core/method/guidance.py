@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,7 +54,7 @@ class Source:
     """Features of the source that an edit shares: its layout without its looks (arXiv 2211.12572).
 
     They are queries and keys of the decoder's self-attention, before frames are put together, and the output of one
-    residual block.
+    residual block. A UNet that takes a clip in several calls, window by window, takes them in the same order each time.
     """
 
     def __init__(self, parts: UNetParts):
@@ -62,7 +63,7 @@ class Source:
             *(layer for block in blocks for layer in (block.attn1.to_q, block.attn1.to_k)),
             parts.layout,
         ]
-        self._features: dict[nn.Module, Tensor] = {}
+        self._features: dict[nn.Module, list[Tensor]] = {}  # of each call
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -70,7 +71,7 @@ class Source:
         self._features.clear()
 
         def note(layer: nn.Module, _args: Any, out: Tensor) -> None:
-            self._features[layer] = out
+            self._features.setdefault(layer, []).append(out)
 
         with self._hooked(note):
             yield
@@ -83,9 +84,10 @@ class Source:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """UNet calls inside this block have the noted features, each of the videos in their batch."""
+        order = {layer: itertools.cycle(features) for layer, features in self._features.items()}
 
         def replace(layer: nn.Module, _args: Any, out: Tensor) -> Tensor:
-            feature = self._features[layer]
+            feature = next(order[layer])
             videos = out.shape[0] // feature.shape[0]
             if out.shape != (videos * feature.shape[0], *feature.shape[1:]):
                 raise ValueError(

@@ -43,7 +43,7 @@ def find_mask(
     """
     words = host.positions(clip, caption, word)
     prompt = host.encoded(clip, caption)
-    _video, samples = check_inputs(model, latent, caption=prompt)
+    video, samples = check_inputs(model, latent, caption=prompt)
     trajectory = inversion_of(latent)["trajectory"]
     steps = len(trajectory.sigmas) - 1
     chosen = torch.linspace(steps, 1, min(steps, LEVELS)).round().long()
@@ -59,9 +59,11 @@ def find_mask(
         return x
 
     guider = host.unguided(model, prompt)
-    with masks.watching(host.parts_of(host.unet_of(model)), words) as maps:
+    with masks.watching(video.parts, words) as maps:
         host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, len(chosen)), sampler=visit)
-    attention = masks.combined(maps, *samples.shape[-2:])
+    frames, _channels, height, width = samples.shape
+    maps = masks.of_whole_clips(maps, len(video.parts.blocks), video.inflation.windows.of(frames), frames)
+    attention = masks.combined(maps, height, width)
     found = (attention > masks.otsu(attention)).float()
     found = found.repeat_interleave(host.LATENT_PIXELS, 1).repeat_interleave(host.LATENT_PIXELS, 2)
     found = masks.grown(found, grow)
