@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from small import TINY
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.guidance import Steering
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
@@ -81,15 +82,17 @@ def test_controlnet_steers_the_video(core, tuned, clip, prompts):
         hints = torch.rand(5, 64, 64, 3, generator=torch.Generator().manual_seed(2))
         inverted, _, _ = editing.invert(model, clip, prompts[0], 3)
 
-        def sample(image):
+        def sample(image, steering=editing.PLAIN):
             positive, negative = prompts[1], prompts[0]
             if image is not None:
                 node = core["ControlNetApplyAdvanced"]()
                 positive, negative = node.apply_controlnet(positive, negative, control, image, 1.0, 0.0, 1.0)
-            return editing.sample_video(model, inverted, positive, negative, 3, 3.0)["samples"]
+            return editing.sample_video(model, inverted, positive, negative, 3, 3.0, steering=steering)["samples"]
 
         plain, steered, backwards = sample(None), sample(hints), sample(hints.flip(0))
-    assert torch.isfinite(steered).all()
+        shared = [sample(image, Steering(structure=0.4, cfg_until=0.7, freedom=0.1)) for image in (hints, None)]
+    assert torch.isfinite(steered).all() and torch.isfinite(shared[0]).all()
+    assert not torch.allclose(*shared, rtol=0.1), "it still steers where structure is shared"
     assert not torch.allclose(steered, plain, rtol=0.1)
     assert not torch.allclose(steered, backwards, rtol=0.1), "every frame has its own hint"
 
