@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..demo import world
+from ..tav_core.method import metrics
 from ..tav_core.pictures import image
 from ..tav_core.pictures.compare import side_by_side
 from ..tools.api import Comfy, Graph, Prompt, Refused, failure, to_api
@@ -166,7 +167,7 @@ def measure_own(videos: Mapping[str, Video]) -> dict[str, Any]:
     source = videos["source"].pictures
     names = [name for name in videos if name not in ("source", "reconstruction")]
     return {
-        name: {"prompt": name, "motion": measure.change_correlation(source, videos[name].pictures)} for name in names
+        name: {"prompt": name, "motion": metrics.change_correlation(source, videos[name].pictures)} for name in names
     }
 
 
@@ -229,7 +230,7 @@ def main() -> None:
     except FFmpegError as error:
         sys.exit(f"run.py: error: {args.video} cannot be read as a video ({error}): name an mp4, webm or mov file.")
     figures = measure_own(videos) if args.video else measure_demo(prompt, videos)
-    psnr = float(measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures).mean())
+    psnr = float(metrics.psnr(videos["reconstruction"].pictures, videos["source"].pictures).mean())
     report = {"edits": figures, "reconstruction PSNR": round(psnr, 2), "seconds": seconds}
     keep(videos, figures, report)
     print(table(figures))

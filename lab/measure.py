@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import pad
 
 from ..demo.world import LOOKS, Array, Scene
+from ..tav_core.method import metrics
 from .classifier import HEADS, Classifier
 
 MOVES = 2.0  # pixels of standard deviation from which on an axis counts as moving
@@ -54,8 +55,7 @@ def frame_consistency(judge: Classifier, pictures: Tensor) -> float:
 
     The field uses CLIP's image features in the same way; the demo has no CLIP.
     """
-    features = judge.features(channels_first(pictures))
-    return float(torch.cosine_similarity(features[1:], features[:-1]).mean())
+    return float(metrics.cosine_to_previous(judge.features(channels_first(pictures))).mean())
 
 
 def flicker(pictures: Tensor, truth: Array, half: int = 24) -> float:
@@ -67,19 +67,7 @@ def flicker(pictures: Tensor, truth: Array, half: int = 24) -> float:
     padded = pad(channels_first(pictures), (half, half, half, half), mode="replicate")
     corners = np.rint(truth).astype(int)
     squares = torch.stack([p[:, y : y + 2 * half, x : x + 2 * half] for p, (x, y) in zip(padded, corners, strict=True)])
-    return 255 * float(squares.diff(dim=0).abs().mean())
-
-
-def change_correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson correlation of where and when two clips of one size change from frame to frame, at an eighth the size."""
-    changes = [channels_first(pictures).mean(1, keepdim=True).diff(dim=0).abs() for pictures in (a, b)]
-    coarse = torch.stack([avg_pool2d(change, 8).flatten() for change in changes])
-    return float(torch.corrcoef(coarse)[0, 1])
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, [n], of each picture, [n, …] in 0 … 1."""
-    return -10 * (a - b).square().flatten(1).mean(1).log10()
+    return float(metrics.flicker(squares).mean())
 
 
 def channels_first(pictures: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..demo import model as demo_model
 from ..demo import world
+from ..tav_core.method import metrics
 from ..tav_core.pictures import image
-from . import classifier, measure
+from . import classifier
 from .host import prepare_noise, sample
 
 FLOORS = {"object": 0.85, "background": 0.95, "style": 0.90, "vae_psnr": 26.0}
@@ -106,7 +107,7 @@ def round_trip(vae, pictures: list[np.ndarray]) -> float:
     """Mean peak signal-to-noise ratio of pictures through the autoencoder, dB."""
     x = image.from_bytes(np.stack(pictures))
     y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(50)]).to(x)
-    return float(measure.psnr(x, y).mean())
+    return float(metrics.psnr(x, y).mean())
 
 
 def grid(pictures: Tensor, prompts: list[str], right: np.ndarray, columns: int = 8) -> Image.Image:

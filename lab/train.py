@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..demo import world
+from ..tav_core.method import metrics
 from ..tav_core.store.files import write_whole
-from . import classifier, measure, networks
+from . import classifier, networks
 from .optimizer import Muon, has_bfloat16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,7 +237,7 @@ def fit_autoencoder(
 
     def show() -> None:
         y = reconstruct(vae, held_out)
-        tqdm.write(f"autoencoder step {trainer.step}: {measure.psnr(y, held_out).mean():.2f} dB")
+        tqdm.write(f"autoencoder step {trainer.step}: {metrics.psnr(y, held_out).mean():.2f} dB")
         save_grid([held_out[:8], y[:8], held_out[8:16], y[8:16]], out / "autoencoder.png")
 
     trainer.run(loss, show)

@@ -25,7 +25,7 @@ def test_the_quickstart_edits_what_it_should_where_it_should(server, tmp_path, m
     # Twenty steps instead of 100 and 50: a new object is then not yet in every frame.
     for edit, right, motion in (("object", 0.6, 0.4), ("background", 0.75, 0.8), ("style", 0.75, 0.8)):
         assert figures[edit]["right"] >= right and figures[edit]["motion"] > motion, figures[edit]
-    psnr = job.measure.psnr(videos["reconstruction"].pictures, videos["source"].pictures).mean()
+    psnr = job.metrics.psnr(videos["reconstruction"].pictures, videos["source"].pictures).mean()
     assert psnr > 22
 
     job.keep(videos, figures, {"edits": figures})
