@@ -15,6 +15,7 @@ from .mask import FindMask
 from .published import ExportPublished, LoadPublished
 from .refuse import refusing
 from .sample import SampleVideo
+from .scores import ScoreVideo
 from .tune import OneShotTune
 from .weights import ApplyWeights, LoadWeights, SaveWeights
 
@@ -35,6 +36,7 @@ NEEDS: dict[type[io.ComfyNode], tuple[str, ...]] = {
     LoadPublished: ("model", "weights", "files", "published models"),
     ExportPublished: ("model", "weights", "files", "published models"),
     CompareVideos: (),
+    ScoreVideo: ("scores",),
     LoadDemoModel: ("model", "demo"),
     DemoClip: (),
 }

@@ -37,6 +37,7 @@ def test_node_ids_and_names_stay():
         "TAVLoadPublished": "Load Published Model",
         "TAVExportPublished": "Export Published Model",
         "TAVCompareVideos": "Compare Videos",
+        "TAVScoreVideo": "Score Video",
     }
 
 
@@ -152,5 +153,5 @@ def test_requirements_name_what_is_imported_and_never_torch():
     assert f"dependencies = {json.dumps(required)}" in project
     extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
     named = re.findall(r'^[\w-]+ = \["([\w-]+)"\]$', extras, re.MULTILINE)
-    assert named == ["xformers", "flash-attn", "sageattention"], "the host's, of whatever version fits its torch"
+    assert named == ["xformers", "flash-attn", "sageattention", "opencv-python-headless"], "of whatever version fits"
     assert not any(re.match(r"(torch|xformers)", line) for line in required)

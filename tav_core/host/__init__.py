@@ -3,3 +3,4 @@
 from .build import *  # noqa: F403
 from .comfyui import *  # noqa: F403
 from .video import *  # noqa: F403
+from .vision import *  # noqa: F403

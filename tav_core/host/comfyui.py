@@ -36,6 +36,8 @@ LATENT_PIXELS = 8  # width and height of what one latent stands for
 LOST = {need: drift.lost(names) for need, names in NEEDS.items()}  # imports of the host what is there
 
 if TYPE_CHECKING:
+    import comfy.clip_model
+    import comfy.clip_vision
     import comfy.ldm.modules.attention
     import comfy.lora
     import comfy.model_base

@@ -69,6 +69,14 @@ NEEDS = {
         "folder_paths": "models_dir folder_names_and_paths add_model_folder_path(folder_name, full_folder_path) "
         "get_folder_paths(folder_name) get_filename_list(folder_name) recursive_search(directory)",
     },
+    # what CLIP sees and reads
+    "scores": {
+        "comfy.clip_vision:ClipVisionModel": "model load_device image_size encode_image(image) get_sd()",
+        "comfy.clip_model:CLIPVision": "encoder post_layernorm output_layernorm",
+        "comfy.clip_model:CLIPEncoder": "layers",
+        "comfy.sd:CLIP": "tokenize(text) encode_from_tokens(tokens, return_pooled)",
+        "comfy.model_management": "throw_exception_if_processing_interrupted()",
+    },
     "published models": {"comfy.utils": "unet_to_diffusers(unet_config)"},
     # a MODEL, CLIP and VAE of sizes that the host does not recognise
     "demo": {

@@ -1,19 +1,24 @@
-"""The loss curve, and the edit beside it, drawn while a tune runs."""
+"""The loss curve, and the edit beside it, drawn while a tune runs; and what was measured on each frame of an edit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
 from . import lettering
 
 PAPER, INK, GRID, RAW, SMOOTH = "#1e1e1e", "#d0d0d0", "#3a3a3a", "#46607a", "#ffb454"
+SOURCE, WORST = "#7fb2e5", "#ff6b6b"  # of a clip's curve, and its worst frame
 MARGIN_LEFT, MARGIN = 64, 28
 WIDTH, HEIGHT = 512, 320
 EDIT = 216  # pixels of the width, for an edit beside the curve
 NOTE_LINES = 12  # more would leave the curve no room where the page shows the picture small
 FONT = 14  # readable where the page draws the picture at two thirds of its size
+PANEL = 132  # pixels of the height, for one measure over the frames
 
 
 def loss_curve(losses: Sequence[float], steps: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
@@ -73,3 +78,52 @@ def with_note(picture: Image.Image, text: str) -> Image.Image:
     noted.paste(picture, (0, 0))
     lettering.write(noted, (MARGIN, picture.height), lines, FONT, INK)
     return noted
+
+
+class Curve(NamedTuple):
+    """One measure of a clip's frames: of the edit and, where it has it, of the source; NaN where a frame has none."""
+
+    title: str
+    edit: Sequence[float]
+    source: Sequence[float] | None
+    worst: int | None  # the edit's worst frame, from 0
+
+
+def frame_curves(curves: Sequence[Curve], width: int = WIDTH) -> Image.Image:
+    """A picture of measures over the frames, one below the other, each with its worst frame marked."""
+    picture = Image.new("RGB", (width, PANEL * max(len(curves), 1)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, curve in enumerate(curves):
+        _frame_curve(draw, curve, PANEL * i, width)
+    return picture
+
+
+def _frame_curve(draw: ImageDraw.ImageDraw, curve: Curve, top: int, width: int) -> None:
+    lines = [(curve.source or (), SOURCE, 1), (curve.edit, SMOOTH, 2)]
+    known = [value for values, _colour, _thickness in lines for value in values if math.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    if high - low < 1e-6 * max(abs(high), 1):
+        low, high = low - 0.5, high + 0.5
+    last = max(len(curve.edit) - 1, 1)
+    right, upper, lower = width - MARGIN, top + MARGIN, top + PANEL - MARGIN
+
+    def at(frame: int, value: float) -> tuple[float, float]:
+        x = MARGIN_LEFT + (right - MARGIN_LEFT) * frame / last
+        return x, lower - (lower - upper) * (value - low) / (high - low)
+
+    for value in (low, high):
+        y = at(0, value)[1]
+        draw.line([(MARGIN_LEFT, y), (right, y)], fill=GRID)
+        draw.text((MARGIN_LEFT - 6, y), f"{value:.3g}", fill=INK, anchor="rm", font_size=FONT)
+    for frame in sorted({0, last // 2, last}):
+        draw.text((at(frame, 0)[0], lower + 6), str(frame), fill=INK, anchor="ma", font_size=FONT)
+    for values, colour, thickness in lines:
+        points = [at(i, value) if math.isfinite(value) else None for i, value in enumerate(values)]
+        for drawn, run in groupby(points, key=bool):
+            if drawn:
+                draw.line([point for point in run if point], fill=colour, width=thickness)
+    draw.text((MARGIN_LEFT, top + 6), curve.title, fill=INK, font_size=FONT)
+    if curve.worst is not None:
+        x, y = at(curve.worst, curve.edit[curve.worst])
+        draw.ellipse([(x - 4, y - 4), (x + 4, y + 4)], outline=WORST, width=2)
+        draw.text((right, top + 6), f"worst: {curve.worst}", fill=WORST, anchor="ra", font_size=FONT)
