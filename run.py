@@ -4,6 +4,7 @@
   python run.py demo [--ui]                        edit the demo's clip; --help: or one of your own
   python run.py test [--browser] [pytest arguments]  run the tests; --browser: those of the page as well
   python run.py serve [--port N] [-- arguments]    run ComfyUI with this pack; what follows -- goes to ComfyUI
+  python run.py batch JOBS [--dry-run] [--help]    run one workflow for many clips, prompts, seeds and checkpoints
   python run.py parity FOLDER...                   compare the pack with reference results in FOLDER
   python run.py bench                              measure its speed and memory beside the method done plainly
   python run.py evaluate [--quick]                 measure the method on the demo's world
@@ -505,6 +506,17 @@ def program(*words: str) -> Callable[[list[str]], int]:
     return command
 
 
+def batch(arguments: list[str]) -> int:
+    """tools/batch.py, by the Python of the ComfyUI that it uses: an installed pack runs it too, without test tools."""
+    beside = PROJECT.parent.parent
+    if PROJECT.parent.name == "custom_nodes" and is_comfyui(beside):
+        os.environ.setdefault("COMFYUI_PATH", str(beside))
+    host = find_host(os.environ, Path.home(), sys.platform)
+    python = host.python or prepare_environment(host)
+    prepare_host(host, python)
+    return run_with_host(host, [str(python), str(PROJECT / "tools" / "pack.py"), "tools.batch", *arguments])
+
+
 def serve(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     own, for_comfyui = arguments[:split], arguments[split + 1 :]
@@ -564,9 +576,18 @@ def demo(arguments: list[str]) -> int:
 
 @contextmanager
 def server(
-    host: Host, python: Path, port: int, more: Sequence[str] = (), log: IO[str] | None = None
+    host: Host,
+    python: Path,
+    port: int,
+    more: Sequence[str] = (),
+    log: IO[str] | None = None,
+    started: Callable[[int], None] = lambda _process: None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A ComfyUI with this pack that answers on `port`; stopped in the end, whatever happens."""
+    """A ComfyUI with this pack that answers on `port`; stopped in the end, whatever happens.
+
+    Args:
+        started: told the number of its process as soon as it has one, long before it answers.
+    """
     command = [str(python), str(host.folder / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--disable-api-nodes", *pack_arguments(host), *device_arguments(python), *more]
     # In a group of its own: Ctrl-C then reaches only this program, which stops the server once.
@@ -580,6 +601,7 @@ def server(
         start_new_session=sys.platform != "win32",
     )
     try:
+        started(process.pid)
         while not answers(port):
             if process.poll() is not None:
                 raise Problem(f"ComfyUI ended by itself (exit code {process.returncode}): its messages say why.")
@@ -682,6 +704,7 @@ COMMANDS = {
     "demo": demo,
     "test": test,
     "serve": serve,
+    "batch": batch,
     "parity": program("benchmarks/parity.py"),
     "bench": program("benchmarks/bench.py"),
     "evaluate": program("tools/pack.py", "lab.evaluate"),

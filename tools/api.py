@@ -15,7 +15,8 @@ from urllib.request import Request, urlopen
 import aiohttp
 
 Prompt = dict[str, dict[str, Any]]
-MUTED = 2  # a node's mode in the page's workflows
+MUTED, BYPASSED = 2, 4  # a node's mode in the page's workflows
+SEEDS = {"fixed", "increment", "decrement", "randomize"}  # what the page does with a seed after a run
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -29,6 +30,7 @@ class Comfy:
     def __init__(self, address: str):
         self.address = address
         self.client = uuid.uuid4().hex
+        self.running: str | None = None  # the id of the prompt that `run` waits for
 
     def get(self, path: str) -> Any:
         with urlopen(self.address + path, timeout=30) as answer:
@@ -78,11 +80,11 @@ class Comfy:
                 queued = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
             except HTTPError as error:
                 raise Refused(refusal(json.loads(error.read()))) from None
-            identity = queued["prompt_id"]
+            identity = self.running = queued["prompt_id"]
             if queued["node_errors"]:  # ComfyUI runs what is valid of it; a part is not what was asked for
-                self.post("/queue", {"delete": [identity]})
-                self.post("/interrupt", {"prompt_id": identity})
+                self.interrupt()
                 raise Refused(refusal(queued))
+            ended = False
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.BINARY:
                     on_event("binary", message.data)
@@ -90,10 +92,21 @@ class Comfy:
                     event = json.loads(message.data)
                     on_event(event["type"], event["data"])
                     if event["type"] in ENDS and event["data"].get("prompt_id") == identity:
+                        ended = True
                         break
         while identity not in (history := self.get(f"/history/{identity}")):
+            # Without the event of its end: it came just now, or the server was started anew and knows nothing of it.
+            lost = not ended and identity not in json.dumps(self.get("/queue"))
+            if lost and identity not in self.get(f"/history/{identity}"):
+                raise ConnectionError(f"{self.address} was started anew while it ran")
             await asyncio.sleep(0.1)
         return history[identity]
+
+    def interrupt(self) -> None:
+        """Take what `run` waits for out of the queue, or stop it."""
+        if self.running is not None:
+            self.post("/queue", {"delete": [self.running]})
+            self.post("/interrupt", {"prompt_id": self.running})
 
 
 class Graph:
@@ -193,21 +206,47 @@ def failure(history: Mapping[str, Any]) -> str | None:
 
 
 def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
-    """A workflow as the page saves it → the API's form, as the page sends it."""
+    """A workflow as the page saves it → the API's form, as the page sends it.
+
+    Raises ValueError when it has what only the page resolves: bypassed nodes, subgraphs, reroutes.
+    """
     muted = {node["id"] for node in workflow["nodes"] if node["mode"] == MUTED}
+    for node in workflow["nodes"]:
+        linked = any(slot.get("links") for slot in node.get("outputs") or ())
+        if node["id"] not in muted and linked and (node["type"] not in object_info or node["mode"] == BYPASSED):
+            raise ValueError(
+                f"{node.get('title', node['type'])!r} is bypassed, a subgraph, a reroute or no node of this ComfyUI: "
+                "export the workflow from ComfyUI's page by Export (API), and use that."
+            )
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in muted}
     prompt = {}
     for node in workflow["nodes"]:
         if node["type"] not in object_info or node["id"] in muted:  # the first are notes
             continue
-        values = iter(node.get("widgets_values", ()))
-        # Every widget has an input slot of its name, in the order of the values; an upload button is no input.
-        inputs = {slot["widget"]["name"]: next(values) for slot in node["inputs"] if "widget" in slot}
+        parts = object_info[node["type"]]["input"].values()
+        options = {name: entry[1] for part in parts for name, entry in part.items() if isinstance(entry[-1], Mapping)}
+        inputs = _widgets(node, {name for name, about in options.items() if about.get("control_after_generate")})
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] in links}
-        known = {name for part in object_info[node["type"]]["input"].values() for name in part}
+        known = {name for part in parts for name in part}
         prompt[str(node["id"])] = {
             "class_type": node["type"],
             "inputs": {name: value for name, value in inputs.items() if name in known},
             "_meta": {"title": node.get("title", object_info[node["type"]]["display_name"])},
         }
     return prompt
+
+
+def _widgets(node: Mapping[str, Any], seeds: set[str]) -> dict[str, Any]:
+    """The values of a saved node's widgets, by their inputs' names."""
+    values = node.get("widgets_values") or []
+    names = [slot["widget"]["name"] for slot in node["inputs"] if "widget" in slot]
+    if isinstance(values, Mapping):  # as some packs save them
+        return {name: values[name] for name in names if name in values}
+    # Every widget has an input slot of its name, in the order of the values; what follows a seed, and an upload button,
+    # is no input.
+    rest, found = list(values), {}
+    for name in names:
+        found[name] = rest.pop(0)
+        if name in seeds and rest and rest[0] in SEEDS:
+            del rest[0]
+    return found

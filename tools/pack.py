@@ -1,6 +1,7 @@
 """Load this pack outside a running ComfyUI, the way the host does: under a package name, with relative imports.
 
-As a program, `pack.py MODULE …` runs one of its modules, such as `lab.train`, with the arguments that follow.
+As a program, `pack.py MODULE …` runs one of its modules, such as `lab.train`, with the arguments that follow. Those of
+`tools` need nothing of the pack, and run without it and the host.
 """
 
 import importlib.util
@@ -45,9 +46,15 @@ def load_pack(name: str = NAME, cpu: bool = False) -> ModuleType:
     return pack
 
 
+def load_nothing(name: str = NAME) -> None:
+    """Only the package's name, so that its modules can be imported by themselves."""
+    sys.modules[name] = package = ModuleType(name)
+    package.__path__ = [str(PROJECT)]
+
+
 if __name__ == "__main__":
-    load_pack()
     sys.argv = sys.argv[1:]
+    load_nothing() if sys.argv[0].startswith("tools.") else load_pack()
     try:
         runpy.run_module(f"{NAME}.{sys.argv[0]}", run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:  # run.py says what is to be said

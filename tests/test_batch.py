@@ -1,0 +1,499 @@
+"""Batches: jobs files, the ledger, and runs that are killed, on a small server that answers as ComfyUI does."""
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+from fake_comfy import INFO
+from live_server import run
+from tune_a_video.tools import api, batch, jobs, results
+from tune_a_video.tools.ledger import CLAIMS, LOST, Ledger, worker_name
+from videos import picture, write_video
+
+PROJECT = Path(__file__).resolve().parent.parent
+WORKFLOW = {
+    "1": {"class_type": "Load", "inputs": {"file": "there.txt"}, "_meta": {"title": "the clip"}},
+    "2": {"class_type": "TAVOneShotTune", "inputs": {"clip": ["1", 0], "steps": 5, "validation_prompt": ["3", 0]}},
+    "3": {"class_type": "Prompt", "inputs": {"text": "a dog"}, "_meta": {"title": "the edit: what to see"}},
+    "4": {"class_type": "Sample", "inputs": {"model": ["2", 0], "text": ["3", 0], "seed": 1, "kind": "plain"}},
+}
+JOBS = """
+workflow: workflow.json
+names: {clip: the clip.file, seed: Sample.seed}
+rows: [{clip: a.txt}, {clip: b.txt}]
+cross: {"the edit: what to see.text": [a dog, a cat, a bird], seed: [1, 2]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A jobs file of two clips, three prompts and two seeds."""
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW), encoding="utf-8")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"clip {name}", encoding="utf-8")
+    (tmp_path / "jobs.yaml").write_text(JOBS, encoding="utf-8")
+    return tmp_path / "jobs.yaml"
+
+
+def wrong(file, text=None):
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(jobs.Wrong) as error:
+        jobs.read(file).jobs(INFO)
+    return error.value.lines
+
+
+# --- jobs files ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_crossed_with_lists(file):
+    plan = jobs.read(file)
+    planned = plan.jobs(INFO)
+    assert len(planned) == len({job.id for job in planned}) == 12
+    prompt, files = plan.prompt(planned[-1].values, INFO)
+    assert prompt["3"]["inputs"]["text"] == "a bird" and prompt["4"]["inputs"]["seed"] == 2
+    assert files == {("1", "file"): file.parent / "b.txt"}
+    assert WORKFLOW["4"]["inputs"]["seed"] == 1 and plan.prompt({}, INFO)[0] == WORKFLOW
+
+
+def test_jobs_of_one_clip_share_a_tune_whatever_is_previewed(file):
+    planned = jobs.read(file).jobs(INFO)
+    assert len({job.tune for job in planned}) == 2
+    assert [job.tune for job in planned[:6]] == [planned[0].tune] * 6
+    crossed = JOBS.replace("seed: [1, 2]", "TAVOneShotTune.steps: [5, 6]")
+    assert len({job.tune for job in jobs.read(write(file, crossed)).jobs(INFO)}) == 4
+
+
+def write(file, text):
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_what_a_job_is_called_says_what_it_computes(file):
+    before = [job.id for job in jobs.read(file).jobs(INFO)]
+    (file.parent / "a.txt").rename(file.parent / "c.txt")
+    assert [job.id for job in jobs.read(write(file, JOBS.replace("a.txt", "c.txt"))).jobs(INFO)] == before
+    (file.parent / "c.txt").write_text("another clip", encoding="utf-8")
+    after = [job.id for job in jobs.read(file).jobs(INFO)]
+    assert not set(after[:6]) & set(before) and after[6:] == before[6:]
+    assert len(jobs.read(write(file, JOBS.replace("a.txt", "b.txt"))).jobs(INFO)) == 6, "what is twice is done once"
+
+
+def test_a_table_is_a_job_a_row(file):
+    table = file.with_suffix(".csv")
+    table.write_text(
+        'the clip.file,Sample.seed,the edit: what to see.text\na.txt,3,"a dog, red"\nthere.txt,4,a cat\n',
+        encoding="utf-8",
+    )
+    plan = jobs.read(table, file.parent / "workflow.json")
+    assert [job.values["Sample.seed"] for job in plan.jobs(INFO)] == ["3", "4"]
+    assert plan.rows[0]["the edit: what to see.text"] == "a dog, red"
+    table.write_text("Sample.seed\n1,2\n", encoding="utf-8")
+    assert "row 1 is no table" in wrong_table(table, file)
+    with pytest.raises(jobs.Wrong, match="no workflow is named"):
+        jobs.read(table)
+
+
+def wrong_table(table, file):
+    with pytest.raises(jobs.Wrong) as error:
+        jobs.read(table, file.parent / "workflow.json")
+    return str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(file):
+    lines = wrong(
+        file,
+        """
+workflow: workflow.json
+rows:
+  - {the clip.file: gone.txt, Sample.seed: 100, Sample.kind: strange}
+  - {the clip.file: gone.txt, Sample.sed: 1, Nobody.text: a, noise: 1}
+  - {Sample.seed: many, TAVOneShotTune.steps: 0, TAVOneShotTune.clip: [9, 0]}
+""",
+    )
+    text = "\n".join(lines)
+    for words in (
+        "the clip: file is 'gone.txt': there is no such file beside the jobs file, nor in ComfyUI's input folder.",
+        "Sample: seed is 100, but must be from 0 to 99. (1 of 3 jobs)",
+        "Sample: kind is 'strange', but ComfyUI has plain, other.",
+        "'Sample' has no input 'sed'",
+        "no node of the workflow is called 'Nobody'",
+        "'noise' is no input: write the node's title, a dot and the input's name.",
+        "Sample: seed is 'many', which is no number.",
+    ):
+        assert words in text, (words, text)
+    assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("workflow: [", "jobs.yaml is no YAML"),
+        ("- 1", "jobs.yaml holds no jobs"),
+        ("workflow: gone.json", "there is no workflow"),
+        ("workflow: a.txt", "a.txt is no workflow"),
+        ("workflow: workflow.json\nrow: []", "jobs.yaml has row; known are cross, names, rows"),
+        ("workflow: workflow.json\nrows: {a: 1}", "rows must be a list"),
+        ("workflow: workflow.json\ncross: {a: 1}", "cross: a must be a list of values"),
+        ("rows: []", "no workflow is named"),
+    ],
+)
+def test_what_is_no_jobs_file_is_said(file, text, words):
+    assert any(words in line for line in wrong(file, text))
+
+
+def test_a_workflow_as_the_page_saves_it(file):
+    def saved(number, kind, values, *slots, **more):
+        return {"id": number, "type": kind, "mode": 0, "widgets_values": values, "inputs": list(slots), **more}
+
+    def widget(name):
+        return {"name": name, "widget": {"name": name}, "link": None}
+
+    def link(name, number):
+        return {"name": name, "link": number}
+
+    nodes = [
+        saved(1, "Load", {"file": "there.txt"}, widget("file"), title="the clip"),
+        saved(2, "TAVOneShotTune", [5], link("clip", 1), widget("steps")),
+        saved(3, "Prompt", ["a dog"], widget("text")),
+        saved(
+            4, "Sample", [7, "randomize", "other"], link("model", 2), link("text", 3), widget("seed"), widget("kind")
+        ),
+        saved(5, "Note", ["a note"]),
+    ]
+    workflow = {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 4, 0, "*"], [3, 3, 0, 4, 1, "*"]]}
+    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+    plan = jobs.read(write(file, "workflow: workflow.json\nrows: [{the clip.file: a.txt}]"))
+    prompt, _files = plan.prompt({}, INFO)
+    assert prompt["4"]["inputs"] == {"model": ["2", 0], "text": ["3", 0], "seed": 7, "kind": "other"}
+    assert prompt["1"]["inputs"] == {"file": "there.txt"} and len(plan.jobs(INFO)) == 1
+    nodes[1] |= {"mode": 4, "outputs": [{"links": [2]}]}
+    with pytest.raises(ValueError, match="'TAVOneShotTune' is bypassed, a subgraph, a reroute .* Export"):
+        api.to_api(workflow, INFO)
+
+
+# --- the ledger ---------------------------------------------------------------------------------------------------
+
+
+TUNE = "0" * 16
+
+
+def job(number, tune=TUNE):
+    return jobs.Job(f"{number:016x}", {"number": number}, tune, {})
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "jobs.sqlite")
+
+
+def states(ledger):
+    return {int(row["id"], 16): row["state"] for row in ledger.rows()}
+
+
+def test_a_worker_stays_with_its_tune_and_avoids_those_of_others(ledger):
+    a, b = f"{1:016x}", f"{2:016x}"
+    ledger.plan([job(0, a), job(1, b), job(2, a), job(3, b), job(4, a)])
+    mine, theirs = worker_name(1), worker_name(2)
+    taken = [int(ledger.claim(mine) or "", 16), int(ledger.claim(theirs) or "", 16)]
+    assert taken == [0, 1]
+    ledger.done(job(0).id, mine, 1.0, {}, [])
+    assert ledger.claim(mine, a) == job(2).id
+    ledger.done(job(1).id, theirs, 1.0, {}, [])
+    assert ledger.claim(theirs, b) == job(3).id
+    ledger.done(job(3).id, theirs, 1.0, {}, [])
+    assert ledger.claim(theirs, b) == job(4).id, "rather than nothing, it tunes once more"
+    assert ledger.claim(theirs, b) is None
+
+
+def test_shards_divide_the_tunes(tmp_path):
+    whole = Ledger(tmp_path / "jobs.sqlite")
+    whole.plan([job(i, f"{i // 2:08x}00000000") for i in range(12)])
+    taken = []
+    for i in range(3):
+        part = Ledger(whole.file, share=(i, 3))
+        while id := part.claim(worker_name(i)):
+            taken.append((i, int(id, 16)))
+    assert sorted(number for _i, number in taken) == list(range(12))
+    assert all(number // 2 % 3 == i for i, number in taken)
+
+
+def test_what_is_done_stays_and_the_rest_is_planned_anew(ledger):
+    ledger.plan([job(i) for i in range(5)])
+    me = worker_name()
+    for i in range(3):
+        assert ledger.claim(me, TUNE) == job(i).id
+    ledger.done(job(0).id, me, 2.5, {"flicker": 1.0}, ["a.mp4"])
+    ledger.failed(job(1).id, me, "no", again=False)
+    ledger.failed(job(2).id, me, "not yet")
+    assert states(ledger) == {0: "done", 1: "failed", 2: "waiting", 3: "waiting", 4: "waiting"}
+    ledger.plan([job(i) for i in (6, 2, 1, 0)])
+    assert states(ledger) == {0: "done", 1: "waiting", 2: "waiting", 3: "dropped", 4: "dropped", 6: "waiting"}
+    assert ledger.claim(me, TUNE) == job(6).id, "in the order of the file"
+    assert ledger.rows()[0]["values"] and [row["scores"] for row in ledger.rows() if row["state"] == "done"] == [
+        {"flicker": 1.0}
+    ]
+
+
+def test_a_job_is_tried_so_often_and_one_put_back_was_not_tried(ledger):
+    ledger.plan([job(0)])
+    me = worker_name()
+    for _ in range(3):
+        ledger.claim(me)
+        ledger.back(job(0).id, me)
+    for expected in ("waiting", "failed"):
+        assert ledger.claim(me)
+        ledger.failed(job(0).id, me, "no")
+        assert states(ledger) == {0: expected}
+    assert ledger.rows()[0]["error"] == "no" and ledger.claim(me) is None
+
+
+def test_what_a_lost_worker_had_is_taken_by_another_and_its_late_result_is_not(ledger, monkeypatch):
+    ledger.plan([job(0)])
+    lost = "another-machine:1:0"
+    assert ledger.claim(lost) and ledger.claim(worker_name()) is None
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + LOST - 1)
+    ledger.beat([lost])
+    monkeypatch.setattr(time, "time", lambda: now + LOST + 1)
+    assert ledger.claim(worker_name()) is None, "it gave a sign of life"
+    monkeypatch.setattr(time, "time", lambda: now + 2 * LOST)
+    assert ledger.claim(worker_name()) == job(0).id
+    ledger.done(job(0).id, lost, 1.0, {}, ["late"])
+    assert states(ledger) == {0: "running"}
+    monkeypatch.setattr(time, "time", lambda: now + 4 * LOST)
+    assert ledger.claim(worker_name()) is None and ledger.rows()[0]["error"] == "its worker was lost"
+
+
+def test_what_a_killed_process_of_this_machine_had_waits_at_once(ledger):
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, encoding="utf-8"
+    ).stdout
+    ledger.plan([job(0), job(1)])
+    ledger.claim(f"{worker_name().split(':')[0]}:{int(gone)}:0")
+    ledger.claim(worker_name())
+    ledger.plan([job(0), job(1)])
+    assert states(ledger) == {0: "waiting", 1: "running"}
+
+
+def test_claims_search_by_an_index(ledger):
+    ledger.plan([job(i, f"{i % 50:016x}") for i in range(500)])
+    with sqlite3.connect(ledger.file) as db:
+        for query in CLAIMS:
+            plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", {"tune": "a", "i": 0, "n": 1})]
+            assert not [step for step in plan if step.startswith("SCAN") or "TEMP B-TREE" in step], plan
+            assert any("INDEX by_" in step for step in plan)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake(seconds=0.02):
+    port = run.open_port(0)
+    program = [sys.executable, str(PROJECT / "tests" / "support" / "fake_comfy.py"), str(port), str(seconds)]
+    with subprocess.Popen(program) as process:
+        while not run.answers(port):
+            assert process.poll() is None
+            time.sleep(0.02)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def run_batch(monkeypatch, *arguments):
+    """The command in this process; its exit code, or the line with which it ended."""
+    monkeypatch.setattr(sys, "argv", ["batch", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        batch.main()
+    return end.value.code
+
+
+def table(folder):
+    """The results, without what differs from run to run."""
+    with (folder / "results.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "worker", "attempt")} for row in rows]
+
+
+@pytest.fixture
+def undisturbed(file, monkeypatch, tmp_path):
+    """The results of a whole run."""
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address, "--out", tmp_path / "whole") == 0
+    return tmp_path / "whole"
+
+
+def test_every_job_is_run_with_its_own_values_and_files(undisturbed):
+    rows = table(undisturbed)
+    assert [row["state"] for row in rows] == ["done"] * 12
+    for row in rows:
+        (written,) = (undisturbed / row["outputs"]).parent.iterdir()
+        inputs = json.loads(written.read_text(encoding="utf-8"))
+        assert inputs[0]["file"] == f"clip {row['clip'][0]}"
+        assert inputs[2]["text"] == row["the edit: what to see.text"] and str(inputs[3]["seed"]) == row["seed"]
+    page = (undisturbed / "index.html").read_text(encoding="utf-8")
+    assert "12 done" in page and page.count("<tr>") == 13 and f'href="{rows[0]["outputs"]}"' in page
+
+
+def test_a_second_run_does_only_what_is_new(file, undisturbed, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.txt")}
+    write(file, JOBS.replace("[1, 2]", "[1, 2, 3]"))
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address, "--out", undisturbed) == 0
+    assert len(table(undisturbed)) == 18 and {row["state"] for row in table(undisturbed)} == {"done"}
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_a_dry_run_prints_the_jobs_and_runs_nothing(file, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["batch", str(file), "--dry-run", "--server"])
+    with fake() as address:
+        sys.argv.append(address)
+        batch.main()
+        told = capsys.readouterr().out.splitlines()
+        assert len(told) == 13 and told[-1] == "12 jobs, 2 tunes"
+        assert "clip: a.txt, the edit: what to see.text: a dog, seed: 1" in told[0]
+        assert not (tmp_path / "jobs-results" / "jobs.sqlite").exists()
+        write(file, JOBS.replace("a.txt", "gone.txt"))
+        said = run_batch(monkeypatch, file, "--server", address)
+    assert said == (
+        "run.py: error: the clip: file is 'gone.txt': there is no such file beside the jobs file, nor in ComfyUI's "
+        "input folder. (6 of 12 jobs)"
+    )
+
+
+def test_what_fails_is_said_and_the_rest_is_done(file, monkeypatch, tmp_path):
+    write(file, JOBS.replace("a dog, a cat", "bad, refused"))
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address) == 1
+    rows = table(tmp_path / "jobs-results")
+    by_text = {(row["the edit: what to see.text"], row["state"], row["error"]) for row in rows}
+    assert by_text == {
+        ("bad", "failed", "Prompt: it is bad"),
+        ("refused", "failed", "not taken"),
+        ("a bird", "done", ""),
+    }
+    ledger = Ledger(tmp_path / "jobs-results" / "jobs.sqlite")
+    assert {row["error"]: row["attempt"] for row in ledger.rows() if row["error"]} == {
+        "Prompt: it is bad": 2,
+        "not taken": 1,
+    }
+
+
+def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setattr(batch, "PATIENCE", 0.0)
+    monkeypatch.setattr(batch, "WAIT", 0.05)
+    with fake(0.05) as one, fake(0.05) as two, fake(0.05) as three:
+        port = int(three.rpartition(":")[2])
+        killer = subprocess.Popen(
+            [sys.executable, "-c", KILL_ON_PORT, str(port), str(tmp_path / "out" / "jobs.sqlite")]
+        )
+        run_batch(monkeypatch, file, "--server", one, two, three, "--out", tmp_path / "out")
+        killer.wait()
+    assert table(tmp_path / "out") == table(undisturbed)
+    workers = {row["worker"].rpartition(":")[2] for row in Ledger(tmp_path / "out" / "jobs.sqlite").rows()}
+    assert workers >= {"0", "1"}
+
+
+# Ends the server on a port as soon as a job is running.
+KILL_ON_PORT = """
+import psutil, sqlite3, sys, time
+port, file = sys.argv[1:]
+while True:
+    time.sleep(0.05)
+    try:
+        if sqlite3.connect(file).execute("SELECT 1 FROM jobs WHERE worker LIKE '%:2'").fetchone():
+            break
+    except sqlite3.Error:
+        pass
+for process in psutil.process_iter(["cmdline"]):
+    line = process.info["cmdline"] or []
+    if port in line and any("fake_comfy" in word for word in line):
+        process.kill()
+"""
+
+
+def finished(folder):
+    """How many jobs are done, by the ledger as it is."""
+    try:
+        with sqlite3.connect(f"file:{folder / 'jobs.sqlite'}?mode=ro", uri=True) as db:
+            return db.execute("SELECT COUNT(*) FROM jobs WHERE state = 'done'").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(file, undisturbed, tmp_path):
+    out, random = tmp_path / "killed", Random(5)
+    with fake(0.1) as address:
+        command = [sys.executable, "-P", str(PROJECT / "tools" / "pack.py"), "tools.batch", str(file)]
+        command += ["--server", address, "--out", str(out)]
+        kills = 0
+        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
+            before = finished(out)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if number is None:
+                process.wait()
+                break
+            while finished(out) == before and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(0.3 * random.random())
+            if process.poll() is None:
+                kills += 1
+                process.send_signal(number)
+            process.wait()
+            with sqlite3.connect(out / "jobs.sqlite") as db:
+                running = db.execute("SELECT COUNT(*) FROM jobs WHERE state = 'running'").fetchone()[0]
+            assert running <= (number == signal.SIGKILL), "at Ctrl-C all is put back"
+    assert kills >= 2 and process.returncode == 0
+    assert table(out) == table(undisturbed)
+
+
+def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
+    import psutil
+
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        gone = 2**22 - 1
+        assert not psutil.pid_exists(gone)
+        began = psutil.Process(sleeper.pid).create_time()
+        note = tmp_path / f"server-{gone}.json"
+        note.write_text(json.dumps({"server": other.pid, "began": began - 100}), encoding="utf-8")
+        batch.end_orphans(tmp_path)
+        assert other.poll() is None and not note.exists(), "another process has the number by now"
+        note.write_text(json.dumps({"server": sleeper.pid, "began": began}), encoding="utf-8")
+        mine = tmp_path / f"server-{os.getpid()}.json"
+        mine.write_text("{}", encoding="utf-8")
+        batch.end_orphans(tmp_path)
+        assert not psutil.pid_exists(sleeper.pid) and mine.exists()
+    finally:
+        sleeper.kill()
+        other.kill()
+
+
+# --- the results --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_videos_and_takes_no_text_for_code(tmp_path):
+    row = {"id": "1", "values": {"text": "<b>&"}, "state": "done", "attempt": 1, "worker": "w", "seconds": 1.25}
+    row |= {"scores": {"flicker": 1 / 3, "edit_success": None}, "outputs": ["1/a.mp4"], "error": None}
+    (tmp_path / "1").mkdir()
+    write_video(tmp_path / "1" / "a.mp4", [picture(i) for i in range(3)])
+    assert results.contact_sheet(tmp_path / "1" / "a.mp4") == tmp_path / "1" / "a.mp4.jpg"
+    results.write(tmp_path, [row, {**row, "id": "2", "state": "dropped"}])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page and 'src="1/a.mp4.jpg"' in page and "0.33333" in page
+    assert len((tmp_path / "results.csv").read_text(encoding="utf-8-sig").splitlines()) == 2
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    assert results.contact_sheet(tmp_path / "no.mp4") is None

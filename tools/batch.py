@@ -1,0 +1,341 @@
+"""One workflow for many clips, prompts, seeds and checkpoints, unattended; see docs/batch.md.
+
+  python run.py batch JOBS [--out FOLDER] [--dry-run | --report] [--server URL...] [--shard I/N]
+
+JOBS is a YAML file, or a CSV table with --workflow. It may be stopped at any time, in any way, and run again: what is
+done stays, the rest goes on. Results, with results.csv and index.html, are in FOLDER (JOBS-results).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from .. import run
+from . import jobs, results
+from .api import Comfy, Prompt, Refused, failure
+from .ledger import Ledger, worker_name
+
+BEAT = 15.0  # seconds between signs of life
+REPORT = 30.0  # seconds between writing the results
+WAIT = 5.0  # seconds, where others are still at work
+PATIENCE = 300.0  # seconds that a server may be away
+
+
+class Lost(Exception):
+    """The server does not answer."""
+
+
+# --- servers ------------------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A ComfyUI that somebody else has started."""
+
+    def __init__(self, address: str):
+        self.comfy = Comfy(address.rstrip("/"))
+
+    def ready(self) -> Comfy:
+        """It, as soon as it answers. Raises Lost when it does not."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.comfy.get("/system_stats")
+                return self.comfy
+            except OSError:
+                if time.monotonic() > end:
+                    raise Lost(f"{self.comfy.address} does not answer") from None
+                time.sleep(2)
+
+    def close(self) -> None:
+        pass
+
+
+class Own:
+    """A ComfyUI of our own, started when it is needed and again when it has ended."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stack = ExitStack()
+        self.process: Any = None
+        self.comfy: Comfy | None = None
+
+    def ready(self) -> Comfy:
+        """It, ready. Raises Lost when it does not start."""
+        if self.comfy is None or self.process.poll() is not None:
+            self.close()
+            host = run.find_host(os.environ, Path.home(), sys.platform)
+            port = run.open_port(0)
+            log = self.stack.enter_context((self.folder / "comfyui.log").open("a", encoding="utf-8"))
+            try:
+                starting = run.server(host, Path(sys.executable), port, log=log, started=self._note)
+                self.process = self.stack.enter_context(starting)
+            except run.Problem as error:
+                raise Lost(f"{error} ({self.folder / 'comfyui.log'})") from None
+            self.comfy = Comfy(f"http://127.0.0.1:{port}")
+        return self.comfy
+
+    def close(self) -> None:
+        self.stack.close()
+        self.comfy = None
+
+    def _note(self, process: int) -> None:
+        """Whose process this is: one that was killed cannot end its server, the next one does."""
+        noted = self.folder / f"server-{os.getpid()}.json"
+        self.stack.callback(noted.unlink, missing_ok=True)
+        noted.write_text(
+            json.dumps({"server": process, "began": psutil.Process(process).create_time()}), encoding="utf-8"
+        )
+
+
+def end_orphans(folder: Path) -> None:
+    """End servers whose batch was killed on this machine; they are known by number and the time of their start."""
+    for noted in folder.glob("server-*.json"):
+        owner = int(noted.stem.removeprefix("server-"))
+        if psutil.pid_exists(owner):
+            continue
+        with suppress(psutil.Error, ValueError, KeyError):
+            told = json.loads(noted.read_text(encoding="utf-8"))
+            server = psutil.Process(told["server"])
+            if abs(server.create_time() - told["began"]) < 1:
+                server.kill()
+                server.wait(30)
+        noted.unlink(missing_ok=True)
+
+
+# --- one job ------------------------------------------------------------------------------------------------------
+
+
+def do(comfy: Comfy, prompt: Prompt, job: jobs.Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Run a job's prompt on a server and fetch what it wrote; its scores, and its outputs by their paths in `folder`.
+
+    Raises Refused when the server does not take it, RuntimeError when a node fails, OSError when the server is lost.
+    """
+    for (number, key), file in job.files.items():
+        prompt[number]["inputs"][key] = comfy.upload(file)
+
+    def on_event(kind: str, data: Any) -> None:
+        if kind == "progress" and data.get("node") in prompt:
+            tell(f"{prompt[data['node']]['class_type']} {data['value']}/{data['max']}")
+
+    history = comfy.run(prompt, on_event)
+    if reason := failure(history):
+        raise RuntimeError(reason)
+    scores, outputs = {}, []
+    ends = {number: told for number, told in history["outputs"].items() if number in prompt}
+    scorers = [number for number in ends if prompt[number]["class_type"] == "TAVScoreVideo"]
+    for number, told in ends.items():
+        title = prompt[number].get("_meta", {}).get("title", number)
+        if number in scorers:
+            before = f"{title}: " if len(scorers) > 1 else ""
+            scores |= {f"{before}{name}": value for name, value in told["scores"][0].items()}
+        for output in _files(told):
+            name = re.sub(r"[^\w.-]+", "_", f"{title}_{output['filename']}")
+            (folder / job.id).mkdir(parents=True, exist_ok=True)
+            results.write_whole(folder / job.id / name, comfy.download(output))
+            results.contact_sheet(folder / job.id / name)
+            outputs.append(f"{job.id}/{name}")
+    return {"scores": scores, "outputs": outputs}
+
+
+def _files(told: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """The files that a node has kept: all but the page's previews."""
+    found = [each for part in told.values() if isinstance(part, list) for each in part]
+    return [each for each in found if isinstance(each, dict) and each.get("type") == "output"]
+
+
+# --- workers ------------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Workers, each with a server, that take jobs from the ledger until none is left."""
+
+    def __init__(self, plan: jobs.Plan, info: jobs.Info, planned: list[jobs.Job], ledger: Ledger, folder: Path):
+        self.plan, self.info, self.ledger, self.folder = plan, info, ledger, folder
+        self.jobs = {job.id: job for job in planned}
+        self.stopping = threading.Event()
+        self.active: dict[str, Comfy] = {}  # worker → its server, while it computes
+        self.bar: Any = None
+        self.reported = 0.0
+
+    def work(self, worker: str, server: Running | Own) -> None:
+        """Take jobs until none is left for this worker, or its server is lost."""
+        tune = ""
+        while not self.stopping.is_set():
+            try:
+                comfy = server.ready()
+            except Lost as error:
+                tqdm.write(f"{worker} ends: {error}")
+                return
+            id = self.ledger.claim(worker, tune)
+            if id is None:
+                if not self.ledger.counts().get("running"):
+                    return
+                self.stopping.wait(WAIT)  # a worker that is lost leaves a job
+                continue
+            if id not in self.jobs:
+                self.ledger.back(id, worker)
+                tqdm.write(f"{worker} ends: another process has other jobs in this ledger; start this one anew.")
+                return
+            tune = self.jobs[id].tune
+            self._one(worker, comfy, self.jobs[id])
+            self._show()
+
+    def _one(self, worker: str, comfy: Comfy, job: jobs.Job) -> None:
+        began = time.monotonic()
+        self.active[worker] = comfy
+        try:
+            prompt, _files = self.plan.prompt(job.values, self.info)
+            found = do(comfy, prompt, job, self.folder, self._show)
+            self.ledger.done(job.id, worker, time.monotonic() - began, **found)
+        except Exception as error:
+            if self.stopping.is_set():
+                self.ledger.back(job.id, worker)
+                return
+            text = " ".join(str(error).split()) or type(error).__name__
+            again = not isinstance(error, Refused)  # what a server does not take once it never takes
+            self.ledger.failed(job.id, worker, text, again)
+            tqdm.write(f"{job.id} {'failed' if not again else 'went wrong'}: {text}")
+        finally:
+            self.active.pop(worker, None)
+
+    def _show(self, text: str = "") -> None:
+        counts = self.ledger.counts() if not text else None
+        if self.bar is not None:
+            if counts is not None:
+                self.bar.n = counts.get("done", 0)
+                self.bar.refresh()
+            self.bar.set_postfix_str(text)
+        if counts is not None and time.monotonic() - self.reported > REPORT:
+            self.report()
+
+    def report(self) -> None:
+        self.reported = time.monotonic()
+        results.write(self.folder, self.ledger.rows())
+
+    def run(self, servers: list[Running | Own]) -> None:
+        """Work with all servers at once. At Ctrl-C jobs are put back, and the servers stop computing them."""
+        workers = {worker_name(i): server for i, server in enumerate(servers)}
+        threads = [threading.Thread(target=self.work, args=pair, daemon=True) for pair in workers.items()]
+        counts = self.ledger.counts()
+        total = sum(counts.get(state, 0) for state in ("waiting", "running", "done", "failed"))
+        with tqdm(total=total, initial=counts.get("done", 0), unit="job") as self.bar, self._beating(list(workers)):
+            try:
+                for thread in threads:
+                    thread.start()
+                while any(thread.is_alive() for thread in threads):
+                    time.sleep(0.2)
+            except KeyboardInterrupt:
+                self.stopping.set()
+                tqdm.write("stopping: jobs that were begun are put back")
+                for comfy in list(self.active.values()):
+                    with suppress(OSError):
+                        comfy.interrupt()
+                for thread in threads:
+                    thread.join(timeout=5)
+                raise
+            finally:
+                for worker in list(self.active):  # whatever does not come back
+                    self.ledger.release(worker)
+                for server in servers:
+                    server.close()
+                self.report()
+
+    @contextmanager
+    def _beating(self, workers: list[str]):
+        end = threading.Event()
+
+        def beat() -> None:
+            while not end.wait(BEAT):
+                self.ledger.beat(workers)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def shard(text: str) -> tuple[int, int]:
+    """I/N, from 1, as (i, n) from 0. Raises ValueError for anything else."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError
+    return i - 1, n
+
+
+def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="run.py batch", description=__doc__, formatter_class=layout)
+    parser.add_argument("jobs", type=Path, metavar="JOBS")
+    parser.add_argument("--workflow", type=Path, metavar="FILE", help="the workflow, in place of the one in JOBS")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: JOBS-results)")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the jobs, and run nothing")
+    parser.add_argument("--report", action="store_true", help="only write results.csv and index.html anew")
+    parser.add_argument(
+        "--server", nargs="+", metavar="URL", help="running ComfyUIs to use, in place of one of our own"
+    )
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, from 1")
+    parser.add_argument("--tries", type=int, default=2, metavar="N", help="how often a job is tried (default: 2)")
+    args = parser.parse_args()
+    folder: Path = args.out or args.jobs.with_name(f"{args.jobs.stem}-results")
+    file = folder / "jobs.sqlite"
+    try:
+        if args.report:
+            if not file.is_file():
+                sys.exit(f"run.py: error: there is no {file}: this batch has not been run.")
+            results.write(folder, Ledger(file).rows())
+            print(f"results: {folder}")
+            return
+        plan = jobs.read(args.jobs, args.workflow)
+        folder.mkdir(parents=True, exist_ok=True)
+        end_orphans(folder)
+        servers: list[Running | Own] = [Running(url) for url in args.server or ()] or [Own(folder)]
+        try:
+            info = servers[0].ready().get("/object_info")
+            planned = plan.jobs(info)
+            if args.dry_run:
+                dry_run(plan, planned)
+                return
+            ledger = Ledger(file, args.tries, args.shard)
+            ledger.plan(planned)
+            Batch(plan, info, planned, ledger, folder).run(servers)
+        finally:
+            for server in servers:
+                server.close()
+    except jobs.Wrong as error:
+        sys.exit("\n".join(f"run.py: error: {line}" for line in error.lines))
+    except (Lost, OSError) as error:
+        sys.exit(f"run.py: error: {error}")
+    counts = ledger.counts()
+    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f"; results: {folder}")
+    sys.exit(1 if counts.keys() & {"failed", "waiting", "running"} else 0)
+
+
+def dry_run(plan: jobs.Plan, planned: list[jobs.Job]) -> None:
+    for job in planned:
+        print(job.id, ", ".join(f"{name}: {value}" for name, value in job.values.items()))
+    twice = len(plan.rows) - len(planned)
+    tunes = len({job.tune for job in planned})
+    print(f"{len(planned)} jobs, {tunes} tunes" + (f"; {twice} that are there twice are done once" if twice else ""))
+
+
+if __name__ == "__main__":
+    main()

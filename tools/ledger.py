@@ -1,0 +1,169 @@
+"""What has become of each job of a batch, in an SQLite file that any number of processes may share.
+
+A job is waiting, running, done or failed; or dropped, where the jobs file no longer has it. What is done stays done. No
+write-ahead log, which does not work on network file systems.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .jobs import Job
+
+LOST = 120.0  # seconds without a sign of life after which another worker takes a job
+TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+  id TEXT PRIMARY KEY, position INTEGER NOT NULL, tune TEXT NOT NULL, share INTEGER NOT NULL, "values" TEXT NOT NULL,
+  state TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, worker TEXT, beat REAL, seconds REAL,
+  scores TEXT, outputs TEXT, error TEXT
+);
+CREATE INDEX IF NOT EXISTS by_state ON jobs (state, position);
+CREATE INDEX IF NOT EXISTS by_tune ON jobs (tune, state, position);
+"""
+# What a worker takes next: of its own tune, of one that nobody works at, any (from the end: far from who is at it).
+CLAIMS = (
+    "SELECT id, tune FROM jobs WHERE tune = :tune AND state = 'waiting' AND share % :n = :i ORDER BY position LIMIT 1",
+    "SELECT id, tune FROM jobs AS mine WHERE state = 'waiting' AND share % :n = :i AND NOT EXISTS "
+    "(SELECT 1 FROM jobs AS other WHERE other.tune = mine.tune AND other.state = 'running') ORDER BY position LIMIT 1",
+    "SELECT id, tune FROM jobs WHERE state = 'waiting' AND share % :n = :i ORDER BY position DESC LIMIT 1",
+)
+
+
+def worker_name(number: int = 0) -> str:
+    """A worker by its machine, process and number in it."""
+    return f"{socket.gethostname()}:{os.getpid()}:{number}"
+
+
+class Ledger:
+    """The ledger in `file`, made if it is not there.
+
+    Args:
+        tries: how often a job is tried before it counts as failed.
+        share: (i, n): only the i-th of n parts of the tunes, from 0.
+    """
+
+    def __init__(self, file: Path, tries: int = 2, share: tuple[int, int] = (0, 1)):
+        self.file, self.tries, self.share = file, tries, share
+        with self._open() as db:
+            for statement in TABLE.split(";"):
+                db.execute(statement)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of its own: another process waits for its end, and sees all of it or nothing."""
+        with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def plan(self, jobs: Iterable[Job]) -> None:
+        """Note these jobs: new ones wait, done ones stay, failed ones are tried anew, those that are gone are dropped.
+
+        What a process of this machine was running that is no longer there is waiting again.
+        """
+        rows = [
+            (j.id, i, j.tune, int(j.tune[:8], 16), json.dumps(j.values, ensure_ascii=False)) for i, j in enumerate(jobs)
+        ]
+        with self._open() as db:
+            db.execute("CREATE TEMP TABLE planned (id TEXT PRIMARY KEY)")
+            db.executemany("INSERT INTO planned VALUES (?)", [row[:1] for row in rows])
+            db.executemany(
+                "INSERT INTO jobs (id, position, tune, share, \"values\", state) VALUES (?, ?, ?, ?, ?, 'waiting') "
+                'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values"',
+                rows,
+            )
+            planned = "id IN (SELECT id FROM planned)"
+            db.execute(f"UPDATE jobs SET state = 'dropped' WHERE state IN ('waiting', 'failed') AND NOT {planned}")
+            anew = "state = 'waiting', attempt = 0, error = NULL"
+            db.execute(f"UPDATE jobs SET {anew} WHERE state IN ('failed', 'dropped') AND {planned}")
+            for row in db.execute("SELECT id, worker FROM jobs WHERE state = 'running'").fetchall():
+                if _is_gone(row["worker"]):
+                    db.execute("UPDATE jobs SET state = 'waiting', attempt = 0 WHERE id = ?", (row["id"],))
+
+    def claim(self, worker: str, tune: str = "") -> str | None:
+        """Take the next job for a worker that has this tune; its id, or None when none is waiting."""
+        now = time.time()
+        i, n = self.share
+        with self._open() as db:
+            lost = "state = 'running' AND beat < ?"
+            db.execute(
+                f"UPDATE jobs SET state = 'failed', error = 'its worker was lost' WHERE {lost} AND attempt >= ?",
+                (now - LOST, self.tries),
+            )
+            db.execute(f"UPDATE jobs SET state = 'waiting' WHERE {lost}", (now - LOST,))
+            for query in CLAIMS:
+                if row := db.execute(query, {"tune": tune, "i": i, "n": n}).fetchone():
+                    db.execute(
+                        "UPDATE jobs SET state = 'running', attempt = attempt + 1, worker = ?, beat = ? WHERE id = ?",
+                        (worker, now, row["id"]),
+                    )
+                    return row["id"]
+        return None
+
+    def beat(self, workers: Iterable[str]) -> None:
+        """Say that these workers live."""
+        with self._open() as db:
+            db.executemany(
+                "UPDATE jobs SET beat = ? WHERE state = 'running' AND worker = ?", [(time.time(), w) for w in workers]
+            )
+
+    def done(self, id: str, worker: str, seconds: float, scores: dict[str, Any], outputs: list[str]) -> None:
+        """Note a job's results, unless another worker has taken it meanwhile."""
+        values = (seconds, json.dumps(scores), json.dumps(outputs), id, worker)
+        self._end("state = 'done', seconds = ?, scores = ?, outputs = ?, error = NULL", values)
+
+    def failed(self, id: str, worker: str, error: str, again: bool = True) -> None:
+        """Note an error: the job waits for another try, or has failed."""
+        state = "CASE WHEN ? AND attempt < ? THEN 'waiting' ELSE 'failed' END"
+        self._end(f"state = {state}, error = ?", (again, self.tries, error, id, worker))
+
+    def back(self, id: str, worker: str) -> None:
+        """Put a job back that was stopped, as if it had not been begun."""
+        self._end("state = 'waiting', attempt = attempt - 1", (id, worker))
+
+    def release(self, worker: str) -> None:
+        """Put back whatever a worker has begun."""
+        with self._open() as db:
+            change = "state = 'waiting', attempt = attempt - 1"
+            db.execute(f"UPDATE jobs SET {change} WHERE worker = ? AND state = 'running'", (worker,))
+
+    def _end(self, change: str, values: tuple[Any, ...]) -> None:
+        with self._open() as db:
+            db.execute(f"UPDATE jobs SET {change} WHERE id = ? AND worker = ? AND state = 'running'", values)
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs of the share are in each state."""
+        i, n = self.share
+        with self._open() as db:
+            query = "SELECT state, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY state"
+            return dict(map(tuple, db.execute(query, (n, i))))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every job in the order of the jobs file; values, scores and outputs as they were given."""
+        with self._open() as db:
+            rows = [dict(row) for row in db.execute("SELECT * FROM jobs ORDER BY position, id")]
+        for row in rows:
+            row["values"] = json.loads(row["values"])
+            row["scores"], row["outputs"] = json.loads(row["scores"] or "{}"), json.loads(row["outputs"] or "[]")
+        return rows
+
+
+def _is_gone(worker: str) -> bool:
+    """Whether a worker was a process of this machine that is no longer there."""
+    host, process, _number = worker.rsplit(":", 2)
+    return host == socket.gethostname() and not psutil.pid_exists(int(process))
