@@ -16,7 +16,7 @@ import pytest
 from fake_comfy import INFO
 from live_server import run
 from tune_a_video.tools import api, batch, jobs, results
-from tune_a_video.tools.ledger import CLAIMS, LOST, Ledger, worker_name
+from tune_a_video.tools.ledger import AFTER_TUNE, LAST, LOST, OF_TUNE, Ledger, worker_name
 from videos import picture, write_video
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -204,15 +204,14 @@ def test_a_worker_stays_with_its_tune_and_avoids_those_of_others(ledger):
     a, b = f"{1:016x}", f"{2:016x}"
     ledger.plan([job(0, a), job(1, b), job(2, a), job(3, b), job(4, a)])
     mine, theirs = worker_name(1), worker_name(2)
-    taken = [int(ledger.claim(mine) or "", 16), int(ledger.claim(theirs) or "", 16)]
-    assert taken == [0, 1]
+    assert [ledger.claim(mine), ledger.claim(theirs)] == [(job(0).id, 0), (job(1).id, 1)]
     ledger.done(job(0).id, mine, 1.0, {}, [])
-    assert ledger.claim(mine, a) == job(2).id
+    assert ledger.claim(mine, 0) == (job(2).id, 0)
     ledger.done(job(1).id, theirs, 1.0, {}, [])
-    assert ledger.claim(theirs, b) == job(3).id
+    assert ledger.claim(theirs, 1) == (job(3).id, 1)
     ledger.done(job(3).id, theirs, 1.0, {}, [])
-    assert ledger.claim(theirs, b) == job(4).id, "rather than nothing, it tunes once more"
-    assert ledger.claim(theirs, b) is None
+    assert ledger.claim(theirs, 1) == (job(4).id, 0), "rather than nothing, it tunes once more"
+    assert ledger.claim(theirs, 1) is None
 
 
 def test_shards_divide_the_tunes(tmp_path):
@@ -221,8 +220,8 @@ def test_shards_divide_the_tunes(tmp_path):
     taken = []
     for i in range(3):
         part = Ledger(whole.file, share=(i, 3))
-        while id := part.claim(worker_name(i)):
-            taken.append((i, int(id, 16)))
+        while claimed := part.claim(worker_name(i)):
+            taken.append((i, int(claimed[0], 16)))
     assert sorted(number for _i, number in taken) == list(range(12))
     assert all(number // 2 % 3 == i for i, number in taken)
 
@@ -231,14 +230,14 @@ def test_what_is_done_stays_and_the_rest_is_planned_anew(ledger):
     ledger.plan([job(i) for i in range(5)])
     me = worker_name()
     for i in range(3):
-        assert ledger.claim(me, TUNE) == job(i).id
+        assert ledger.claim(me, 0) == (job(i).id, 0)
     ledger.done(job(0).id, me, 2.5, {"flicker": 1.0}, ["a.mp4"])
     ledger.failed(job(1).id, me, "no", again=False)
     ledger.failed(job(2).id, me, "not yet")
     assert states(ledger) == {0: "done", 1: "failed", 2: "waiting", 3: "waiting", 4: "waiting"}
     ledger.plan([job(i) for i in (6, 2, 1, 0)])
     assert states(ledger) == {0: "done", 1: "waiting", 2: "waiting", 3: "dropped", 4: "dropped", 6: "waiting"}
-    assert ledger.claim(me, TUNE) == job(6).id, "in the order of the file"
+    assert ledger.claim(me, 0) == (job(6).id, 0), "in the order of the file"
     assert ledger.rows()[0]["values"] and [row["scores"] for row in ledger.rows() if row["state"] == "done"] == [
         {"flicker": 1.0}
     ]
@@ -267,7 +266,7 @@ def test_what_a_lost_worker_had_is_taken_by_another_and_its_late_result_is_not(l
     monkeypatch.setattr(time, "time", lambda: now + LOST + 1)
     assert ledger.claim(worker_name()) is None, "it gave a sign of life"
     monkeypatch.setattr(time, "time", lambda: now + 2 * LOST)
-    assert ledger.claim(worker_name()) == job(0).id
+    assert ledger.claim(worker_name()) == (job(0).id, 0)
     ledger.done(job(0).id, lost, 1.0, {}, ["late"])
     assert states(ledger) == {0: "running"}
     monkeypatch.setattr(time, "time", lambda: now + 4 * LOST)
@@ -285,13 +284,12 @@ def test_what_a_killed_process_of_this_machine_had_waits_at_once(ledger):
     assert states(ledger) == {0: "waiting", 1: "running"}
 
 
-def test_claims_search_by_an_index(ledger):
+@pytest.mark.parametrize("query", [OF_TUNE, AFTER_TUNE, LAST])
+def test_claims_search_by_an_index(ledger, query):
     ledger.plan([job(i, f"{i % 50:016x}") for i in range(500)])
     with sqlite3.connect(ledger.file) as db:
-        for query in CLAIMS:
-            plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", {"tune": "a", "i": 0, "n": 1})]
-            assert not [step for step in plan if step.startswith("SCAN") or "TEMP B-TREE" in step], plan
-            assert any("INDEX by_" in step for step in plan)
+        (step,) = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", {"tune": 7, "i": 0, "n": 1})]
+    assert step.startswith("SEARCH jobs USING INDEX by_state (state=?"), "no scan, and nothing is sorted"
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

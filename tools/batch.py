@@ -142,7 +142,10 @@ def do(comfy: Comfy, prompt: Prompt, job: jobs.Job, folder: Path, tell: Callable
             before = f"{title}: " if len(scorers) > 1 else ""
             scores |= {f"{before}{name}": value for name, value in told["scores"][0].items()}
         for output in _files(told):
-            name = re.sub(r"[^\w.-]+", "_", f"{title}_{output['filename']}")
+            # Not by the server's name, which counts on from whatever is in its folder.
+            stem, suffix = re.sub(r"[^\w-]+", "_", title), Path(output["filename"]).suffix
+            names = (f"{stem}{count}{suffix}" for count in ("", *(f"_{i}" for i in range(2, len(outputs) + 3))))
+            name = next(name for name in names if f"{job.id}/{name}" not in outputs)
             (folder / job.id).mkdir(parents=True, exist_ok=True)
             results.write_whole(folder / job.id / name, comfy.download(output))
             results.contact_sheet(folder / job.id / name)
@@ -172,24 +175,24 @@ class Batch:
 
     def work(self, worker: str, server: Running | Own) -> None:
         """Take jobs until none is left for this worker, or its server is lost."""
-        tune = ""
+        tune = -1
         while not self.stopping.is_set():
             try:
                 comfy = server.ready()
             except Lost as error:
                 tqdm.write(f"{worker} ends: {error}")
                 return
-            id = self.ledger.claim(worker, tune)
-            if id is None:
+            claimed = self.ledger.claim(worker, tune)
+            if claimed is None:
                 if not self.ledger.counts().get("running"):
                     return
                 self.stopping.wait(WAIT)  # a worker that is lost leaves a job
                 continue
+            id, tune = claimed
             if id not in self.jobs:
                 self.ledger.back(id, worker)
                 tqdm.write(f"{worker} ends: another process has other jobs in this ledger; start this one anew.")
                 return
-            tune = self.jobs[id].tune
             self._one(worker, comfy, self.jobs[id])
             self._show()
 

@@ -21,22 +21,19 @@ import psutil
 from .jobs import Job
 
 LOST = 120.0  # seconds without a sign of life after which another worker takes a job
+# tune: the position of the first job that has the same.
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
-  id TEXT PRIMARY KEY, position INTEGER NOT NULL, tune TEXT NOT NULL, share INTEGER NOT NULL, "values" TEXT NOT NULL,
+  id TEXT PRIMARY KEY, position INTEGER NOT NULL, tune INTEGER NOT NULL, share INTEGER NOT NULL, "values" TEXT NOT NULL,
   state TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, worker TEXT, beat REAL, seconds REAL,
   scores TEXT, outputs TEXT, error TEXT
 );
-CREATE INDEX IF NOT EXISTS by_state ON jobs (state, position);
-CREATE INDEX IF NOT EXISTS by_tune ON jobs (tune, state, position);
+CREATE INDEX IF NOT EXISTS by_state ON jobs (state, tune, position, share);
 """
-# What a worker takes next: of its own tune, of one that nobody works at, any (from the end: far from who is at it).
-CLAIMS = (
-    "SELECT id, tune FROM jobs WHERE tune = :tune AND state = 'waiting' AND share % :n = :i ORDER BY position LIMIT 1",
-    "SELECT id, tune FROM jobs AS mine WHERE state = 'waiting' AND share % :n = :i AND NOT EXISTS "
-    "(SELECT 1 FROM jobs AS other WHERE other.tune = mine.tune AND other.state = 'running') ORDER BY position LIMIT 1",
-    "SELECT id, tune FROM jobs WHERE state = 'waiting' AND share % :n = :i ORDER BY position DESC LIMIT 1",
-)
+WAITING = "SELECT id, tune FROM jobs WHERE state = 'waiting' AND share % :n = :i"
+OF_TUNE = f"{WAITING} AND tune = :tune ORDER BY position LIMIT 1"
+AFTER_TUNE = f"{WAITING} AND tune > :tune ORDER BY tune, position LIMIT 1"
+LAST = f"{WAITING} ORDER BY tune DESC, position DESC LIMIT 1"
 
 
 def worker_name(number: int = 0) -> str:
@@ -76,8 +73,10 @@ class Ledger:
 
         What a process of this machine was running that is no longer there is waiting again.
         """
+        first: dict[str, int] = {}  # position by tune
         rows = [
-            (j.id, i, j.tune, int(j.tune[:8], 16), json.dumps(j.values, ensure_ascii=False)) for i, j in enumerate(jobs)
+            (j.id, i, first.setdefault(j.tune, i), int(j.tune[:8], 16), json.dumps(j.values, ensure_ascii=False))
+            for i, j in enumerate(jobs)
         ]
         with self._open() as db:
             db.execute("CREATE TEMP TABLE planned (id TEXT PRIMARY KEY)")
@@ -95,8 +94,11 @@ class Ledger:
                 if _is_gone(row["worker"]):
                     db.execute("UPDATE jobs SET state = 'waiting', attempt = 0 WHERE id = ?", (row["id"],))
 
-    def claim(self, worker: str, tune: str = "") -> str | None:
-        """Take the next job for a worker that has this tune; its id, or None when none is waiting."""
+    def claim(self, worker: str, tune: int = -1) -> tuple[str, int] | None:
+        """Take a worker's next job: of the tune that it has, of one that nobody works at, or any.
+
+        Returns the job's id and its tune, or None when none is waiting.
+        """
         now = time.time()
         i, n = self.share
         with self._open() as db:
@@ -106,14 +108,26 @@ class Ledger:
                 (now - LOST, self.tries),
             )
             db.execute(f"UPDATE jobs SET state = 'waiting' WHERE {lost}", (now - LOST,))
-            for query in CLAIMS:
-                if row := db.execute(query, {"tune": tune, "i": i, "n": n}).fetchone():
-                    db.execute(
-                        "UPDATE jobs SET state = 'running', attempt = attempt + 1, worker = ?, beat = ? WHERE id = ?",
-                        (worker, now, row["id"]),
-                    )
-                    return row["id"]
-        return None
+            row = self._next(db, {"tune": tune, "i": i, "n": n})
+            if row is None:
+                return None
+            db.execute(
+                "UPDATE jobs SET state = 'running', attempt = attempt + 1, worker = ?, beat = ? WHERE id = ?",
+                (worker, now, row["id"]),
+            )
+            return row["id"], row["tune"]
+
+    @staticmethod
+    def _next(db: sqlite3.Connection, asked: dict[str, int]) -> sqlite3.Row | None:
+        if row := db.execute(OF_TUNE, asked).fetchone():
+            return row
+        held = {tune for (tune,) in db.execute("SELECT tune FROM jobs WHERE state = 'running'")}
+        asked = {**asked, "tune": -1}
+        while row := db.execute(AFTER_TUNE, asked).fetchone():
+            if row["tune"] not in held:
+                return row
+            asked["tune"] = row["tune"]
+        return db.execute(LAST, asked).fetchone()  # rather than nothing: tune once more, far from who is at it
 
     def beat(self, workers: Iterable[str]) -> None:
         """Say that these workers live."""
