@@ -15,6 +15,7 @@ from random import Random
 import pytest
 from fake_comfy import INFO
 from live_server import run
+from tune_a_video.nodes import NODES
 from tune_a_video.tools import api, batch, jobs, results
 from tune_a_video.tools.ledger import AFTER_TUNE, LAST, LOST, OF_TUNE, Ledger, worker_name
 from videos import picture, write_video
@@ -457,6 +458,59 @@ def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(file, 
     assert table(out) == table(undisturbed)
 
 
+@pytest.fixture
+def own_host(tmp_path, monkeypatch):
+    """A ComfyUI folder whose main.py is the small server, for a batch that starts its own."""
+    host = tmp_path / "ComfyUI"
+    (host / "comfy").mkdir(parents=True)
+    (host / "nodes.py").write_text("", encoding="utf-8")
+    fake = PROJECT / "tests" / "support" / "fake_comfy.py"
+    (host / "main.py").write_text(
+        "import runpy, sys\n"
+        "port = sys.argv[sys.argv.index('--port') + 1]\n"
+        f"sys.argv = ['', port, '0.1']; runpy.run_path({str(fake)!r}, run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("COMFYUI_PATH", str(host))
+    monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
+    monkeypatch.setattr(batch.run, "STATE", tmp_path / "state")
+    monkeypatch.setattr(batch.run, "device_arguments", lambda _python: [])
+    return host
+
+
+def test_a_server_of_our_own_that_dies_is_started_again(file, undisturbed, own_host, monkeypatch, tmp_path):
+    out = tmp_path / "own"
+    killer = subprocess.Popen([sys.executable, "-c", KILL_OUR_SERVER, str(out)])
+    assert run_batch(monkeypatch, file, "--out", out) == 0
+    assert killer.wait() == 0 and table(out) == table(undisturbed)
+    assert max(row["attempt"] for row in Ledger(out / "jobs.sqlite").rows()) == 2
+    assert not list(out.glob("server-*.json"))
+
+
+# Kills the batch's server as soon as two jobs are done.
+KILL_OUR_SERVER = """
+import json, pathlib, psutil, sqlite3, sys, time
+out = pathlib.Path(sys.argv[1])
+while True:
+    time.sleep(0.02)
+    try:
+        with sqlite3.connect(out / "jobs.sqlite") as db:
+            if db.execute("SELECT COUNT(*) FROM jobs WHERE state = 'done'").fetchone()[0] >= 2:
+                break
+    except sqlite3.Error:
+        pass
+(note,) = out.glob("server-*.json")
+psutil.Process(json.loads(note.read_text(encoding="utf-8"))["server"]).kill()
+"""
+
+
+def test_ray_starts_a_worker_that_does_all_jobs(file, undisturbed, own_host, monkeypatch, tmp_path):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("TAV_HOST", str(own_host))
+    assert run_batch(monkeypatch, file, "--out", tmp_path / "ray", "--ray", "local") == 0
+    assert table(tmp_path / "ray") == table(undisturbed)
+
+
 def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
     import psutil
 
@@ -478,6 +532,21 @@ def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
     finally:
         sleeper.kill()
         other.kill()
+
+
+# --- the example --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_fits_the_nodes(core):
+    def about(node):
+        told = node.GET_NODE_INFO_V1() if hasattr(node, "GET_NODE_INFO_V1") else {"input": node.INPUT_TYPES()}
+        return {"display_name": "", **told}
+
+    nodes = {**core, **{node.GET_SCHEMA().node_id: node for node in NODES}}
+    plan = jobs.read(PROJECT / "tools" / "batch_example.yaml")
+    used = {node["class_type"] for node in plan.workflow.values()}
+    planned = plan.jobs(json.loads(json.dumps({name: about(nodes[name]) for name in used})))
+    assert len(planned) == 6 and len({job.tune for job in planned}) == 2
 
 
 # --- the results --------------------------------------------------------------------------------------------------

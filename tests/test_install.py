@@ -122,11 +122,12 @@ def test_the_registrys_validation_can_fail(tools, checkout):
 
 def test_the_package_holds_what_runs_and_nothing_else(archive, files):
     packed = set(archive.namelist())
-    folders = {"nodes", "tav_core", "web", "locales", "example_workflows", "subgraphs"}
+    folders = {"nodes", "tav_core", "web", "locales", "example_workflows", "subgraphs", "tools"}
     assert packed >= {str(file) for file in files if file.parts[0] in folders and (PROJECT / file).is_file()}
     assert packed >= {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "demo/LICENSES.md"}
+    assert packed >= {"run.py"} and {name for name in packed if name.startswith("docs/")} == {"docs/batch.md"}
     others = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE", "demo"}
-    assert {name.split("/")[0] for name in packed} <= folders | others
+    assert {name.split("/")[0] for name in packed} <= folders | others | {"run.py", "docs"}
     assert Path(archive.filename).stat().st_size < 20_000_000
 
 

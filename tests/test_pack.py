@@ -153,5 +153,7 @@ def test_requirements_name_what_is_imported_and_never_torch():
     assert f"dependencies = {json.dumps(required)}" in project
     extras = project.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
     named = re.findall(r'^[\w-]+ = \["([\w-]+)"\]$', extras, re.MULTILINE)
-    assert named == ["xformers", "flash-attn", "sageattention", "opencv-python-headless"], "of whatever version fits"
+    assert named == ["xformers", "flash-attn", "sageattention", "opencv-python-headless", "ray"], (
+        "of whatever version fits"
+    )
     assert not any(re.match(r"(torch|xformers)", line) for line in required)

@@ -1,6 +1,6 @@
 """One workflow for many clips, prompts, seeds and checkpoints, unattended; see docs/batch.md.
 
-  python run.py batch JOBS [--out FOLDER] [--dry-run | --report] [--server URL...] [--shard I/N]
+  python run.py batch JOBS [--out FOLDER] [--dry-run | --report] [--server URL... | --ray ADDRESS] [--shard I/N]
 
 JOBS is a YAML file, or a CSV table with --workflow. It may be stopped at any time, in any way, and run again: what is
 done stays, the rest goes on. Results, with results.csv and index.html, are in FOLDER (JOBS-results).
@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,8 @@ class Batch:
         threads = [threading.Thread(target=self.work, args=pair, daemon=True) for pair in workers.items()]
         counts = self.ledger.counts()
         total = sum(counts.get(state, 0) for state in ("waiting", "running", "done", "failed"))
-        with tqdm(total=total, initial=counts.get("done", 0), unit="job") as self.bar, self._beating(list(workers)):
+        bar = tqdm(total=total, initial=counts.get("done", 0), unit="job", disable=None)  # none where nobody sees it
+        with bar as self.bar, self._beating(list(workers)):
             try:
                 for thread in threads:
                     thread.start()
@@ -284,7 +285,8 @@ def shard(text: str) -> tuple[int, int]:
     return i - 1, n
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; ends by SystemExit, whose code is 0 when all jobs are done."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="run.py batch", description=__doc__, formatter_class=layout)
     parser.add_argument("jobs", type=Path, metavar="JOBS")
@@ -296,8 +298,13 @@ def main() -> None:
         "--server", nargs="+", metavar="URL", help="running ComfyUIs to use, in place of one of our own"
     )
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="only the I-th of N parts, from 1")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="a worker on each GPU of a Ray cluster; local: of this machine"
+    )
     parser.add_argument("--tries", type=int, default=2, metavar="N", help="how often a job is tried (default: 2)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.ray and args.server:
+        parser.error("--ray starts servers of its own: leave --server out")
     folder: Path = args.out or args.jobs.with_name(f"{args.jobs.stem}-results")
     file = folder / "jobs.sqlite"
     try:
@@ -308,6 +315,8 @@ def main() -> None:
             print(f"results: {folder}")
             return
         plan = jobs.read(args.jobs, args.workflow)
+        if args.ray and not args.dry_run:
+            sys.exit(by_ray(args, folder))
         folder.mkdir(parents=True, exist_ok=True)
         end_orphans(folder)
         servers: list[Running | Own] = [Running(url) for url in args.server or ()] or [Own(folder)]
@@ -330,6 +339,68 @@ def main() -> None:
     counts = ledger.counts()
     print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f"; results: {folder}")
     sys.exit(1 if counts.keys() & {"failed", "waiting", "running"} else 0)
+
+
+def by_ray(args: argparse.Namespace, folder: Path) -> int:
+    """This command as an actor on each GPU of a cluster, all on one ledger; its exit code.
+
+    An actor that dies is started again and goes on. All machines must have this pack, ComfyUI and the folders at the
+    same places; no clip and no result goes over Ray.
+    """
+    local = args.ray == "local"
+    if local:  # before the import: as on Windows and macOS, its ports then stay on this machine
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray  # type: ignore[reportMissingImports]
+
+    told = [
+        "--out",
+        str(folder.resolve()),
+        "--tries",
+        str(args.tries),
+        "--shard",
+        f"{args.shard[0] + 1}/{args.shard[1]}",
+    ]
+    if args.workflow:
+        told += ["--workflow", str(args.workflow.resolve())]
+    command = [str(args.jobs.resolve()), *told]
+    wanted = ("TAV_HOST", "COMFYUI_PATH", "COMFYUI_PYTHON", "TAV_KEEP_RUNS", "TAV_KEEP_GIB")
+    passed = {"env_vars": {name: os.environ[name] for name in wanted if name in os.environ}}
+    ray.init(args.ray, runtime_env=passed, **({"include_dashboard": False} if local else {}))
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    # In here, or Ray would look for it by the name of a module that its processes do not have.
+    class Worker:
+        def work(self, project: str, command: list[str]) -> Any:
+            sys.path.insert(0, str(Path(project) / "tools"))
+            from pack import load_nothing  # type: ignore[reportMissingImports]
+
+            load_nothing()
+            from tune_a_video.tools import batch  # type: ignore[reportMissingImports]
+
+            try:
+                batch.main(command)
+            except SystemExit as end:
+                return end.code
+
+    actor: Any = ray.remote(num_gpus=min(gpus, 1), max_restarts=-1, max_task_retries=-1)(Worker)
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / "jobs.sqlite", args.tries, args.shard)
+    try:
+        workers = [actor.remote() for _ in range(max(gpus, 1))]
+        pending, ended = [worker.work.remote(str(run.PROJECT), command) for worker in workers], []
+        with tqdm(unit="job", disable=None) as bar:
+            while pending:
+                done, pending = ray.wait(pending, timeout=WAIT)
+                ended += done
+                counts = ledger.counts()
+                bar.total, bar.n = sum(counts.values()) - counts.get("dropped", 0), counts.get("done", 0)
+                bar.refresh()
+        codes = ray.get(ended)
+    finally:
+        ray.shutdown()
+    for line in sorted({code for code in codes if isinstance(code, str)}):
+        print(line, file=sys.stderr)
+    return int(any(codes))
 
 
 def dry_run(plan: jobs.Plan, planned: list[jobs.Job]) -> None:

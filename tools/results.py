@@ -59,7 +59,7 @@ def write(folder: Path, rows: Iterable[Row]) -> None:
     """results.csv and index.html in a batch's folder, of a ledger's rows."""
     rows = [row for row in rows if row["state"] != "dropped"]
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
-    figures = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+    figures = list(dict.fromkeys(name for row in rows for name, value in row["scores"].items() if value is not None))
     write_whole(folder / "results.csv", _csv(rows, names, figures).encode("utf-8-sig"))  # as spreadsheets want it
     write_whole(folder / "index.html", _page(folder, rows, names, figures).encode())
 
