@@ -43,6 +43,10 @@ ROWS = f"{TEXT_PREFIX}text_model.embeddings.token_embedding.weight"
 IDS = "vocabulary"  # the token of each row but the last, which is for all others
 VOCABULARY = 49408  # tokens of the host's tokenizer
 
+# In what colours samplers preview a latent: of each of its channels, and on top (made by lab/fit_previews.py).
+COLOURS = ((-0.304, -0.124, -0.019), (0.198, -0.060, -0.041), (-0.054, -0.067, 0.255), (0.111, 0.342, 0.302))
+COLOURS_BIAS = (0.380, 0.185, 0.043)
+
 
 def load(file: Path = WEIGHTS) -> tuple[host.ModelPatcher, Any, Any]:
     """MODEL, CLIP and VAE as the host's own loaders return them, in float32."""
@@ -53,7 +57,7 @@ def load(file: Path = WEIGHTS) -> tuple[host.ModelPatcher, Any, Any]:
     weights[ROWS][ids] = rows[:-1]
 
     return (
-        host.build_model(UNET, part(weights, UNET_PREFIX)),
+        host.preview_in(host.build_model(UNET, part(weights, UNET_PREFIX)), COLOURS, COLOURS_BIAS),
         host.build_clip(TEXT, part(weights, TEXT_PREFIX)),
         host.build_vae(part(weights, VAE_PREFIX)),
     )

@@ -1,9 +1,12 @@
 """The demo's models: the host's classes, written and read again."""
 
+import numpy as np
 import pytest
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
 from tune_a_video.demo import model, world
-from tune_a_video.lab import classifier, networks
+from tune_a_video.lab import classifier, fit_previews, measure, networks
 from tune_a_video.tav_core import host
 
 
@@ -74,6 +77,45 @@ def test_the_loaded_model_samples(loaded):
     samples = comfy.sample.sample(model, noise, 2, 5.0, *sampler, text, text, latents, disable_pbar=True, seed=0)
     assert vae.decode(samples).shape == (1, 128, 128, 3)
     assert vae.encode(torch.rand(1, 128, 128, 3)).shape == latents.shape
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return model.load()
+
+
+@pytest.mark.parametrize("method", LatentPreviewMethod)
+def test_previews_are_in_the_worlds_colours(shipped, method, monkeypatch):
+    """Whatever the host is set to; by Stable Diffusion's factors the red car would be white."""
+    monkeypatch.setattr(args, "preview_method", method)
+    scene = world.Scene("red car", "beach")
+    with torch.inference_mode():
+        latents = shipped[2].encode(torch.from_numpy(world.render(scene))[None].float() / 255)
+        [picture] = host.pictures_of(shipped[0], latents)
+    wanted = Image.fromarray(world.render(scene)).resize(picture.size, Image.Resampling.BOX)
+    seen, wanted = (torch.from_numpy(np.array(shown)).float()[None] / 255 for shown in (picture, wanted))
+    assert measure.psnr(seen, wanted) > 20
+
+
+def test_the_colours_of_previews_are_the_fitted_ones(shipped):
+    """After another training, lab/fit_previews.py says which they are."""
+    latents, colours = fit_previews.latents_and_colours(shipped[2], fit_previews.HELD_OUT, 16)
+    best = fit_previews.error(latents, colours, fit_previews.fit(latents, colours))
+    kept = fit_previews.error(latents, colours, torch.tensor([*model.COLOURS, model.COLOURS_BIAS]))
+    assert kept > best - 0.5
+
+
+def test_nothing_but_previews_changes(shipped):
+    plain = host.build_model(model.UNET, shipped[0].model.diffusion_model.state_dict())
+    latent, own = networks.LatentFormatSD15(), shipped[0].model.latent_format
+    assert plain.model.latent_format.latent_rgb_factors == latent.latent_rgb_factors  # another MODEL keeps its own
+    assert {name for name, value in vars(own).items() if value != getattr(latent, name)} == {
+        *("latent_rgb_factors", "latent_rgb_factors_bias", "taesd_decoder_name")
+    }
+    some = torch.randn(2, 4, 8, 8)
+    assert torch.equal(own.process_in(some), latent.process_in(some))
+    assert torch.equal(own.process_out(some), latent.process_out(some))
+    assert host.fingerprint(plain) == host.fingerprint(shipped[0])
 
 
 def test_the_classifier_is_read_as_written(tmp_path):

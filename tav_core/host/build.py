@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def build_model(
     for name, count in (heads or {}).items():
         set_heads(blocks[name], count)
     return ModelPatcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+
+
+def preview_in(model: ModelPatcher, factors: Sequence[Sequence[float]], bias: Sequence[float]) -> ModelPatcher:
+    """Have a MODEL that `build_model` has made previewed in colours of its own; nothing else of it changes.
+
+    Args:
+        factors: red, green and blue, -1 to 1, of each channel of a latent in the model's scale, [c, 3].
+        bias: what is added, [3].
+    """
+    latent_format = model.model.latent_format  # of this MODEL alone
+    latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = factors, bias
+    latent_format.taesd_decoder_name = None  # the user's would decode another model's latents
+    return model
 
 
 def build_clip(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> comfy.sd.CLIP:

@@ -537,7 +537,8 @@ def pictures_of(model: ModelPatcher, samples: Tensor) -> list[Any]:
     latent_format = model.get_model_object("latent_format")
     previewer: Any = latent_preview.get_previewer(model.load_device, latent_format)
     if previewer is None:  # the user has switched previews of sampling off, but asked for these
-        previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
+        factors, bias = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        previewer = latent_preview.Latent2RGBPreviewer(factors, bias)
     x0 = latents_of(model, samples).to(model.load_device)
     return [previewer.decode_latent_to_preview(frame[None]) for frame in x0]
 

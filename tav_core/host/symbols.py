@@ -58,8 +58,8 @@ NEEDS = {
         "comfy.utils:ProgressBar": "__init__(total) update_absolute(value, total, preview)",
         "latent_preview": "get_previewer(device, latent_format)",
         "latent_preview:LatentPreviewer": "decode_latent_to_preview(x0)",
-        "latent_preview:Latent2RGBPreviewer": "__init__(latent_rgb_factors)",
-        "comfy.latent_formats:LatentFormat": "latent_rgb_factors",
+        "latent_preview:Latent2RGBPreviewer": "__init__(latent_rgb_factors, latent_rgb_factors_bias)",
+        "comfy.latent_formats:LatentFormat": "latent_rgb_factors latent_rgb_factors_bias",
         "folder_paths": "get_user_directory()",
         "torch.utils.checkpoint": "CheckpointPolicy create_selective_checkpoint_contexts()",
     },
@@ -82,6 +82,7 @@ NEEDS = {
     "demo": {
         "comfy.model_base:BaseModel": "__init__(model_config, model_type)",
         "comfy.model_base:ModelType": "EPS V_PREDICTION",
+        "comfy.latent_formats:LatentFormat": "latent_rgb_factors latent_rgb_factors_bias taesd_decoder_name",
         "comfy.model_management": "get_torch_device() unet_offload_device()",
         "comfy.supported_models:SD15": "__init__(unet_config) unet_config",
         "comfy.supported_models_base:ClipTarget": "__init__(tokenizer, clip)",
