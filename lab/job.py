@@ -67,7 +67,7 @@ def own_clip(comfy: Comfy, video: Path, caption: str, checkpoint: str, edits: li
     graph.set("LoadVideo", file=comfy.upload(video))
     graph.set("caption: what the clip shows", text=caption)
     clip = graph.set("TAVLoadClip", count=count, stride=2 if 2 * count <= available else 1)
-    empty = graph.find("empty: source and negative prompt")
+    empty = graph.find("empty prompt")
     text = graph.find("edit: what you want to see")
     output = [create := graph.find("CreateVideo"), graph.find("SaveVideo")]
     sampling = [sample := graph.find("TAVSampleVideo"), graph.find("VAEDecode")]

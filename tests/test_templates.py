@@ -14,8 +14,8 @@ from tune_a_video.tools.api import to_api
 FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TITLE = 30  # pixels of a node's title, above its position
-# What a node grows by when it shows a picture or a video as wide as itself.
-PICTURES = {"TAVOneShotTune": 210, "TAVDDIMInvert": 300, "TAVSampleVideo": 300, "SaveVideo": 300}
+# How much of its width a node grows by when it shows a picture or a video.
+PICTURES = {"TAVOneShotTune": 0.7, "TAVDDIMInvert": 1.05, "TAVSampleVideo": 1.05, "SaveVideo": 1.05}
 OUTPUTS = {
     "1-Quickstart": {"source", "reconstruction", "object", "background", "style"},
     "3-Change the object": {"source", "edit"},
@@ -55,22 +55,21 @@ def test_it_is_whole_and_laid_out_without_overlaps(server, workflow):
     assert linked == {link[0] for link in workflow["links"]}
     assert any(node["type"] == "MarkdownNote" for node in nodes.values())
 
-    boxes = [(x, y - TITLE, x + width, y + height) for node in nodes.values()
-             for x, y, width, height in [(*node["pos"], *node["size"])]]  # fmt: skip
+    boxes = [box(node) for node in nodes.values()]
     groups = [(x, y, x + width, y + height) for group in workflow["groups"]
               for x, y, width, height in [group["bounding"]]]  # fmt: skip
     for some in (boxes, groups):
         assert not [(a, b) for a in some for b in some if a < b and overlap(a, b)]
-    for box in boxes:
-        assert all(contains(group, box) for group in groups if overlap(group, box))
+    for node in boxes:
+        assert all(contains(group, node) for group in groups if overlap(group, node))
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
 def test_nodes_are_small_and_there_is_room_for_their_pictures(workflow):
     """Previews are off by default: a node with room inside for one would stay black."""
-    nodes = [(*node["pos"], *node["size"], node["type"]) for node in workflow["nodes"]]
-    assert all(height <= 200 for *_, height, kind in nodes if kind in PICTURES and kind != "TAVOneShotTune")
-    boxes = [(x, y - TITLE, x + w, y + h + PICTURES.get(kind, 0)) for x, y, w, h, kind in nodes]
+    nodes = workflow["nodes"]
+    assert all(node["size"][1] <= 200 for node in nodes if node["type"] in PICTURES.keys() - {"TAVOneShotTune"})
+    boxes = [box(node, PICTURES.get(node["type"], 0) * node["size"][0]) for node in nodes]
     assert not [(a, b) for a in boxes for b in boxes if a < b and overlap(a, b)]
 
 
@@ -82,6 +81,12 @@ def test_the_page_can_fetch_the_checkpoints(workflow):
             [model] = node["properties"]["models"]
             assert model["name"] == node["widgets_values"][0] == model["url"].rpartition("/")[2]
             assert model["directory"] == "checkpoints" and model["url"].startswith("https://huggingface.co/")
+
+
+def box(node, more=0):
+    """Left, top, right and bottom of a node, `more` pixels higher than it is; a collapsed one is its title alone."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y if node["flags"].get("collapsed") else y + height + more
 
 
 def overlap(a, b):

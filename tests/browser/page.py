@@ -142,11 +142,11 @@ class Workspace:
     def overlaps(self):
         """Pairs of nodes that lie over each other, as they are drawn."""
         return self.page.evaluate(
-            """() => { const boxes = app.graph.nodes.map(({ id, type, pos, size }) => {
+            """() => { const boxes = app.graph.nodes.map(({ id, type, pos, boundingRect }) => {
                 const box = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect();
-                const [width, height] = box ? [box.width / app.canvas.ds.scale, box.height / app.canvas.ds.scale]
-                    : [size[0], size[1] + 30];
-                return { type, left: pos[0], top: pos[1] - 30, right: pos[0] + width, bottom: pos[1] - 30 + height } });
+                const [x, y, width, height] = box ? [pos[0], pos[1] - 30, box.width / app.canvas.ds.scale,
+                    box.height / app.canvas.ds.scale] : boundingRect;
+                return { type, left: x, top: y, right: x + width, bottom: y + height } });
             return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right
                 && a.top < b.bottom && b.top < a.bottom).map(b => [a.type, b.type])) }"""
         )

@@ -103,6 +103,25 @@ def test_nothing_overlaps_in_nodes_2(page):
         assert page.overlaps() == [], name
 
 
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2"])
+@pytest.mark.parametrize("server", ["newest"], indirect=True)
+def test_a_first_edit_takes_clicks_alone_and_what_it_shows_finds_room(page, nodes_2):
+    page.page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    page.open_template("1-Quickstart")
+    page.set("TAVOneShotTune", {"steps": 2, "seed": 7 + nodes_2})  # of its own: nothing comes from a cache
+    for kind in ("TAVDDIMInvert", "TAVSampleVideo"):
+        page.set(kind, {"steps": 2})
+    page.run()
+    page.wait_for("execution_success")
+    page.page.wait_for_function(
+        "() => [...document.querySelectorAll('video')].filter(video => video.readyState >= 2).length === 5"
+    )
+    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.page.wait_for_timeout(1000)  # the view glides there
+    page.screenshot(f"run_{'nodes_2' if nodes_2 else 'classic'}")
+    assert page.overlaps() == []
+
+
 def links(workflow):
     return sorted(map(str, workflow["links"]))
 
