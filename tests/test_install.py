@@ -9,6 +9,8 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 from live_server import NAME, PROJECT, Server
@@ -183,6 +185,30 @@ def test_every_node_is_served(server):
     )
     log = server.log()
     assert NAME in log and f"Cannot import {server.base}" not in log
+
+
+def test_what_the_page_shows_of_the_pack_is_served(server):
+    """Template by template with its picture, help pages with theirs, blueprints, and all languages."""
+
+    def served(address):
+        with urlopen(server.address + quote(address), timeout=30) as answer:
+            return answer.read()
+
+    for folder, address in (("example_workflows", "/api/workflow_templates/"), ("web", "/extensions/")):
+        files = [path for path in (PROJECT / folder).rglob("*.*") if path.is_file()]
+        assert len(files) >= 18
+        for path in files:
+            assert served(f"{address}{NAME}/{path.relative_to(PROJECT / folder).as_posix()}") == path.read_bytes(), path
+    for node in NODES:
+        assert served(f"/extensions/{NAME}/docs/{node.define_schema().node_id}.md")
+    blueprints = {entry["name"]: number for number, entry in server.get("/global_subgraphs").items()}
+    for path in PROJECT.glob("subgraphs/*.json"):
+        assert json.loads(server.get(f"/global_subgraphs/{blueprints[path.stem]}")["data"]) == json.loads(
+            path.read_text(encoding="utf-8")
+        )
+    languages = {path.name for path in (PROJECT / "locales").iterdir()}
+    translated = server.get("/i18n")
+    assert {name for name in languages if "TAVOneShotTune" in translated[name]["nodeDefs"]} == languages
 
 
 def test_the_demos_nodes_run(server):
