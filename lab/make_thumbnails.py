@@ -4,20 +4,21 @@ python run.py serve --port 8188
 python tools/pack.py lab.make_thumbnails http://127.0.0.1:8188 [NAME…]
 
 Each workflow runs in that ComfyUI as it is. Those for a checkpoint of the user's get the demo's model and clip instead.
+
+ComfyUI's page asks for a .jpg; what it gets is an animated WebP, which browsers show as what it is.
 """
 
 import json
 import sys
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..tav_core.pictures.compare import side_by_side
 from ..tools.api import Comfy, Graph, Prompt, to_api
 from . import job
-from .make_quickstart import FILE
+from .make_quickstart import FILE, FPS
 from .sheet import picture
 
 FOLDER = job.PROJECT / "example_workflows"
@@ -43,8 +44,8 @@ def on_the_demo(comfy: Comfy, prompt: Prompt, edit: str) -> None:
             node["inputs"]["file"] = video
 
 
-def clips_of(comfy: Comfy, name: str, workflow: dict[str, Any]) -> list[Tensor]:
-    """What the workflow shows: the clip first, then its edits; or one clip that compares them already."""
+def clips_of(comfy: Comfy, name: str, workflow: dict[str, Any]) -> dict[str, Tensor]:
+    """What the workflow shows: the clip, then its edits by their titles; or one clip that compares them already."""
     info = comfy.get("/object_info")
     muted = [node for node in workflow["nodes"] if node["mode"]]
     prompt = to_api(workflow, info)
@@ -55,28 +56,27 @@ def clips_of(comfy: Comfy, name: str, workflow: dict[str, Any]) -> list[Tensor]:
         for node in muted:
             node["mode"] = 0
         videos, _seconds = job.run(comfy, to_api(workflow, info))
-    clips = [video.pictures for title, video in sorted(videos.items(), key=lambda item: item[0] != "source")
-             if title != "reconstruction"]  # fmt: skip
+    edits = {title: videos[title].pictures for title in sorted(videos.keys() - {"source", "reconstruction"})}
+    if "source" in videos:
+        return {"clip": videos["source"].pictures, **edits}
     if name in EDITS or muted:
-        clips.insert(0, job.read(FILE.read_bytes()).pictures)
-    return clips
+        return {"clip": job.read(FILE.read_bytes()).pictures, **edits}
+    return edits
 
 
-def thumbnail(clips: list[Tensor]) -> Image.Image:
-    """One clip's middle frame, two clips' first, middle and last frames, or the middle frames of more."""
-    if len(clips) == 2:
-        stills = [clip[[i]] for clip in clips for i in (0, len(clip) // 2, -1)]
-    else:
-        stills = [clip[[len(clip) // 2]] for clip in clips]
-    return picture(side_by_side({str(i): still for i, still in enumerate(stills)})[0])
+def thumbnail(clips: dict[str, Tensor]) -> list[Image.Image]:
+    """Frames of the clips side by side, under their titles. The middle comes first: a still picture shows it."""
+    together = side_by_side(clips, list(clips) if len(clips) > 1 else ())
+    return [picture(frame) for frame in together.roll(-(len(together) // 2), 0)]
 
 
 def main() -> None:
     address, *names = sys.argv[1:]
     for name in names or [file.stem for file in sorted(FOLDER.glob("*.json"))]:
         workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-        with torch.inference_mode():
-            thumbnail(clips_of(Comfy(address), name, workflow)).save(FOLDER / f"{name}.jpg", quality=85, optimize=True)
+        first, *rest = thumbnail(clips_of(Comfy(address), name, workflow))
+        animated = {"save_all": True, "append_images": rest, "duration": round(1000 / FPS), "loop": 0}
+        first.save(FOLDER / f"{name}.jpg", "WEBP", quality=85, method=6, **animated)
         print(name, flush=True)
 
 
