@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..demo import model, world
-from . import measure
+from ..tav_core.method import metrics
 from .networks import LATENT_SCALE, LatentFormatSD15
 
 CELL = 8  # pixels, each way, that one latent stands for
@@ -36,7 +36,7 @@ def fit(latents: Tensor, colours: Tensor) -> Tensor:
 def error(latents: Tensor, colours: Tensor, factors: Tensor) -> float:
     """PSNR in dB of previews by these factors, [4 or 5, 3]."""
     seen = latents @ factors[:4].float() + (factors[4].float() if len(factors) > 4 else 0)
-    return float(measure.psnr(seen.clamp(-1, 1)[None] / 2, colours[None] / 2))
+    return float(metrics.psnr(seen.clamp(-1, 1)[None] / 2, colours[None] / 2))
 
 
 def main() -> None:

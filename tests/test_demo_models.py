@@ -6,8 +6,9 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from tune_a_video.demo import model, world
-from tune_a_video.lab import classifier, fit_previews, measure, networks
+from tune_a_video.lab import classifier, fit_previews, networks
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import metrics
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_previews_are_in_the_worlds_colours(shipped, method, monkeypatch):
         [picture] = host.pictures_of(shipped[0], latents)
     wanted = Image.fromarray(world.render(scene)).resize(picture.size, Image.Resampling.BOX)
     seen, wanted = (torch.from_numpy(np.array(shown)).float()[None] / 255 for shown in (picture, wanted))
-    assert measure.psnr(seen, wanted) > 20
+    assert metrics.psnr(seen, wanted) > 20
 
 
 def test_the_colours_of_previews_are_the_fitted_ones(shipped):

@@ -162,8 +162,9 @@ def test_the_advice_is_true(inflated):
     free = int(0.6 * estimate(16, 32)("all").total)
     with pytest.raises(MemoryError) as error:
         memory.plan("auto", estimate(16, 32), free, 16, 256, 256)
-    frames, size = (str(error.value).split("Use ")[1].split(part)[0] for part in (" frames", "."))
-    side = int(size.split("x")[-1]) // 8
+    [(frames, size, window)] = re.findall(r"Use (\d+) frames .* \d+x(\d+), or set window to (\d+) in", str(error.value))
+    side = int(size) // 8
+    assert frames == window  # so many at once
     assert memory.plan("auto", estimate(int(frames), 32), free, int(frames), 256, 256)
     assert memory.plan("auto", estimate(16, side), free, 16, side * 8, side * 8)
 

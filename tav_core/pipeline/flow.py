@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ MISSING = "needs OpenCV: install opencv-python-headless into ComfyUI's Python"
 def dis() -> Any:
     """OpenCV's Dense Inverse Search (Kroeger et al., arXiv 1603.03590), preset medium; None without OpenCV."""
     try:
-        import cv2  # type: ignore[reportMissingImports]
+        cv2: Any = importlib.import_module("cv2")  # its types leave out a part of it
     except ImportError:
         return None
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

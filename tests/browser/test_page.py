@@ -318,7 +318,7 @@ def test_a_saved_workflow_opens_again_as_it_was(page, tmp_path):
     for part in ("nodes", "links", "groups"):
         assert after[part] == before[part]
     values = {tuple(node.get("widgets_values") or ()) for node in after["nodes"]}
-    assert (50, 7.5) in values and ("片段\n\ncfg 7.5",) in values
+    assert (50, 7.5) in {value[:2] for value in values} and ("片段\n\ncfg 7.5",) in values
 
 
 def test_a_link_of_a_wrong_type_is_refused(page):
