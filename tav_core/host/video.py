@@ -166,14 +166,15 @@ def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[...,
 
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         prompts = len(transformer_options.get("cond_or_uncond", (0,)))
-        frames = frames_of(x, prompts, *transformer_options.get(KEY, (None,)))
+        clip, others = transformer_options.get(KEY, (None, ""))
+        frames = frames_of(x, prompts, clip, others)
         videos = x.shape[0] // frames
         if windows.at_once(frames) == frames:
             return whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs)
         if transformer_options.get("patches_replace", {}).get("attn1"):
             raise ValueError(
                 "another node replaces this MODEL's self-attention (PAG and SAG do) and would see one window of the "
-                f"clip for all of it. Remove it, or set window to 0; {_on_it(transformer_options[KEY][1])}."
+                f"clip for all of it. Remove it, or set window to 0; {_on_it(others)}."
             )
 
         def compute(numbers: list[int]) -> Tensor:
