@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from .norms import layer_norm
+
 # The frames whose keys and values a frame attends to; the paper's first. "own" is the image model's.
 Attends = Literal["first_previous", "first_own_previous", "all", "own"]
 ATTENDS: tuple[str, ...] = get_args(Attends)
@@ -190,8 +192,7 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """`(b f) n c` → the same shape."""
-        norm = self.norm_temp
-        h = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+        h = layer_norm(x, self.norm_temp)
         # Contiguous, or each of the three projections would make a copy of its own, and keep it for the backward pass.
         h = self.attn_temp(rearrange(h, "(b f) n c -> (b n) f c", f=frames).contiguous())
         return x + rearrange(h, "(b n) f c -> (b f) n c", n=x.shape[1])

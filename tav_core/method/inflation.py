@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from .attention import PAPERS, SparseCausal, TemporalAttention
+from .norms import knows_videos, video_group_norm
 
 GroupNormMode = Literal["video", "per_frame"]
 GROUP_NORM_MODES: tuple[str, ...] = get_args(GroupNormMode)
@@ -182,15 +183,23 @@ def attach(
 
     if group_norm == "video" and frames > 1:
         for norm in parts.video_norms:
-            # Frames side by side make one tall picture: the module itself then normalises the whole video,
-            # with whatever its host does about casting its weights.
-            hook(
-                norm.register_forward_pre_hook(
-                    lambda _m, args: (rearrange(args[0], "(b f) c h w -> b c (f h) w", f=frames),)
-                )
-            )
-            hook(norm.register_forward_hook(lambda _m, _a, out: rearrange(out, "b c (f h) w -> (b f) c h w", f=frames)))
+            hook(_Replaced(norm, _over_videos(norm, frames)))
     return attention
+
+
+def _over_videos(norm: Any, frames: int) -> Callable[[Tensor], Tensor]:
+    """A group norm's forward with statistics over all frames of each video."""
+    forward = norm.forward
+
+    def run(x: Tensor) -> Tensor:
+        if knows_videos(norm, x):
+            return video_group_norm(x, frames, norm)
+        # Frames side by side make one tall picture: the module itself then normalises the whole video, with whatever
+        # its host does about casting its weights.
+        tall = forward(rearrange(x, "(b f) c h w -> b c (f h) w", f=frames))
+        return rearrange(tall, "b c (f h) w -> (b f) c h w", f=frames)
+
+    return run
 
 
 @contextmanager
