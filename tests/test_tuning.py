@@ -96,7 +96,7 @@ def test_gradients_by_finite_differences(make_model, prediction_type, linear, re
     noisy, target = tuning.diffuse(x, noise, 1.5, prediction_type)
 
     def loss():
-        return ((network(noisy, 500) - target) ** 2).mean()
+        return ((network(noisy, torch.tensor(500)) - target) ** 2).mean()
 
     loss().backward()
     for name in sorted(trainable)[::3]:

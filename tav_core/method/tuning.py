@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .replay import Replayed
 from .windows import WHOLE, Windows
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
 # Raise it with every change after which the same clip, model and recipe end in other weights, whichever file it is in
 # (this one, network, attention, inflation): states that older packs saved are then neither continued nor reused.
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,16 @@ class Training:
         self.trainable, self.recipe, self.draws = trainable, recipe, draws
         self.reports: list[Step] = []
         self.whole = True  # False while a step is written into the parameters: a state taken then would be neither
+        self.on_gpu = all(parameter.is_cuda for parameter in trainable.values())
         self.optimizer = torch.optim.AdamW(
             list(trainable.values()),
             lr=recipe.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=recipe.weight_decay,
+            fused=self.on_gpu,
         )
+        self.replayed: Replayed | None = None
         self._generator_state: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -160,9 +164,14 @@ class Training:
         self.draws.generator.set_state(self._generator_state)
         self.reports = reports_of(state)
 
+    def release(self) -> None:
+        """Leave a GPU's memory to something else between two steps."""
+        if self.replayed is not None:
+            self.replayed.release()
+
     def run(
         self,
-        predict: Callable[[Tensor, int], Tensor],
+        predict: Callable[[Tensor, Tensor], Tensor],
         latents: Tensor,
         sigmas: Tensor,
         prediction_type: PredictionType,
@@ -171,8 +180,8 @@ class Training:
         """Train up to the recipe's number of steps.
 
         Args:
-            predict: network output for noisy latents [f, c, h, w] at a timestep, differentiable in `trainable`; with
-                `Windows`, of those frames that are computed at once.
+            predict: network output for noisy latents [f, c, h, w] at a timestep, int64 [], differentiable in
+                `trainable`; with `Windows`, of those frames that are computed at once.
             latents: the clip in the model's space, float32, [f, c, h, w].
             sigmas: the model's noise level at each timestep, [T].
             on_step: called after each step; an exception from it ends the run.
@@ -180,15 +189,25 @@ class Training:
         Raises FloatingPointError when the loss or the gradient is not finite; nothing of that step was written.
         """
         parameters = list(self.trainable.values())
+
+        def backward(noisy: Tensor, target: Tensor, timestep: Tensor) -> Tensor:
+            loss = F.mse_loss(predict(noisy, timestep).float(), target)
+            loss.backward()
+            return loss.detach()
+
+        self.replayed = Replayed(backward, parameters) if self.on_gpu else None
         for number in range(len(self.reports) + 1, self.recipe.steps + 1):
             noise, timestep, frames = next(self.draws)
-            clip = latents[frames]
+            clip = latents[frames if isinstance(frames, slice) else torch.tensor(frames)]
             noisy, target = diffuse(clip, noise.to(clip), float(sigmas[timestep]), prediction_type)
-            loss = F.mse_loss(predict(noisy, timestep).float(), target)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            inputs = noisy, target, torch.full((), timestep, device=clip.device)
+            if self.replayed is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = backward(*inputs)
+            else:
+                loss = self.replayed(*inputs)
             norm = nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
-            step = Step(number, loss.item(), norm.item())  # here alone a GPU is waited for, before anything changes
+            step = Step(number, *torch.stack([loss, norm]).tolist())  # here alone a GPU is waited for
             for what, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
                 if not math.isfinite(value):
                     raise FloatingPointError(

@@ -13,6 +13,7 @@ from .. import host
 from ..method import memory
 from ..method.attention import sdpa, wide_heads
 from ..method.inflation import TemporalLayers, attach, checkpoint_stages
+from ..method.norms import MixedGroupNorm, MixedLayerNorm
 from ..method.tuning import trains
 
 
@@ -25,6 +26,12 @@ class PlainOps:
     @staticmethod
     def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
         return {2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
+
+
+class MixedOps(PlainOps):
+    """The same for a GPU's autocast, whose norms would be in float32."""
+
+    GroupNorm, LayerNorm = MixedGroupNorm, MixedLayerNorm
 
 
 class _Fixed(nn.Module):
@@ -63,7 +70,7 @@ class TrainingUNet:
         frozen = torch.bfloat16 if mixed else torch.float32
         config = {**host.config_of(model), "dtype": frozen}
         # On the meta device a UNet costs nothing; the weights are then assigned, not copied.
-        operations: Any = PlainOps
+        operations: Any = MixedOps if mixed and video.device.type == "cuda" else PlainOps
         self.unet = type(video.unet)(**config, device="meta", operations=operations)
         plain = (self.unet.float() if blank else self.unet).state_dict()
         # A quantised MODEL has scales beside its weights; they are applied to those by then.
@@ -102,14 +109,14 @@ class TrainingUNet:
                 block.attn2.to_k = _Fixed(block.attn2.to_k(context))
                 block.attn2.to_v = _Fixed(block.attn2.to_v(context))
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Network output [f, c, h, w] for latents of the same shape."""
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Network output [f, c, h, w] for latents of the same shape at a timestep, []."""
         options = {
             "cond_or_uncond": [0],
             host.OVERRIDE: lambda _host, *args, **kwargs: self.attend(*args, **kwargs),
         }
         with self.autocast():
-            t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
+            t = timestep.float().expand(latents.shape[0])
             text = self.context.expand(latents.shape[0], -1, -1)
             return self.unet(latents, t, context=text, transformer_options=options)
 
@@ -120,7 +127,7 @@ def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: 
 
     def loss() -> Tensor:
         network.fix_text(torch.empty(1, tokens, video.text_width))
-        return network(torch.empty(shape), 0).float().square().mean()
+        return network(torch.empty(shape), torch.empty(())).float().square().mean()
 
     with torch.inference_mode(False), torch.enable_grad():
         return memory.estimate([network.unet, network.temporal], loss, video.device.type == "cuda")

@@ -313,6 +313,7 @@ class _Tune:
         """Sample the edit with the present weights, and show it. What fails in this ends the previews, not the tune."""
         step, pictures, why = len(training.reports), None, "out of memory"
         result = self.result(training)
+        training.release()
         try:
             with host.surviving_out_of_memory():
                 pictures = _sample_edit(self.video.patcher, self.latent, result, validation)
