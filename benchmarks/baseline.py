@@ -79,7 +79,9 @@ class VideoUNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """What the network predicts for latents [b, c, f, h, w], timesteps [b] and context [b, tokens, width]."""
         self.frames = latents.shape[2]
-        return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+        dtype = self.unet.dtype
+        out = self.unet(latents.to(dtype), timesteps, encoder_hidden_states=context.to(dtype), return_dict=False)[0]
+        return out.to(latents.dtype)
 
     def _sparse_causal(self, attention: Any, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         former = torch.arange(self.frames) - 1

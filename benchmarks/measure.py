@@ -103,6 +103,8 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        if func.namespace == "prim":  # a question, such as for the device
+            return func(*args, **kwargs)
         if packet not in COUNTS:
             with self:  # in inference mode some operations arrive as a whole
                 out = func.decompose(*args, **kwargs)

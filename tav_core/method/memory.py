@@ -25,6 +25,7 @@ MEMORY: tuple[str, ...] = get_args(Memory)
 
 HEADROOM = 1.1  # the allocator's rounding and gaps, and the workspaces of convolutions
 GIB = 2**30
+WORKSPACE = 4 * 32 * 2**20  # of cuBLAS on a large card, for the forward and the backward pass, as it is and recorded
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +90,12 @@ def estimate(modules: Sequence[nn.Module], forward: Callable[[], Tensor], on_gpu
     Args:
         modules: the network, on the meta device; it is used up by this.
         forward: computes a loss from tensors that it makes itself on the CPU (they will be fake).
-        on_gpu: norms run in float32 under autocast, and AdamW updates all tensors at once.
+        on_gpu: AdamW updates all tensors at once, and products have a workspace.
     """
     # Imported here: it brings in half of torch's compiler.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     live = Live()
-    if on_gpu:
-        for norm in (part for module in modules for part in module.modules()):
-            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
-                norm.register_forward_pre_hook(lambda _norm, args: (args[0].float(),))
     with FakeTensorMode(), live:
         trained = [p for p in _materialised(modules) if p.requires_grad]
         weights = live.now
@@ -107,11 +104,12 @@ def estimate(modules: Sequence[nn.Module], forward: Callable[[], Tensor], on_gpu
         loss = forward()
         kept = max(live.now - weights - states, 0)
         loss.backward()
-        # The update: gradients, the two moments, and square roots of all tensors, or of one after the other.
+        # The update: gradients, the two moments, and on a CPU square roots of one tensor after the other.
         sizes = [p.numel() * p.element_size() for p in trained]
-        update = weights + states + sum(sizes) + (sum(sizes) if on_gpu else 2 * max(sizes))
+        update = weights + states + sum(sizes) + (0 if on_gpu else 2 * max(sizes))
         del moments
-    return Estimate(weights, states, kept, max(live.peak, update) - weights - states - kept)
+    peak = max(live.peak, update) + (WORKSPACE if on_gpu else 0)
+    return Estimate(weights, states, kept, peak - weights - states - kept)
 
 
 def _materialised(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
