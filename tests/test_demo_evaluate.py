@@ -28,10 +28,26 @@ def test_a_clip_is_edited_in_every_way_and_kept(short, tmp_path, monkeypatch):
     }
     table = evaluate.table(rows, [*methods, evaluate.TRUTH]).splitlines()
     assert len(table) == 2 + len(methods) + 1 and len({line.count("|") for line in table}) == 1
+    strict = evaluate.strict_table(rows, [*methods, evaluate.TRUTH]).splitlines()
+    assert len(strict) == len(table) and len({line.count("|") for line in strict}) == 1
+    drawn = {row["edit"]: row for row in rows if row["method"] == evaluate.TRUTH}
+    assert drawn["object"]["whole"] == 1 and drawn["object"]["iou"] > 0.9 and drawn["object"]["old_left"] < 0.02
+    assert drawn["object"]["background"] > 25 and drawn["background"]["object_kept"] > 20
+    # Two steps of tuning and of sampling leave next to no object.
+    assert all(row["whole"] < 1 for row in rows if row["edit"] == "object" and row["method"] == "without inversion")
     assert evaluate.beside(rows, methods).count("of 3 edits") == len(methods) - 1
 
     monkeypatch.setattr(evaluate, "run", None)  # what is kept is not computed again
     assert evaluate.kept(None, 0, methods, tmp_path) == json.loads(json.dumps(rows))
+
+
+def test_the_clips_that_are_held_out_are_others():
+    for motion, thing, place, new_thing, new_place, style in (*evaluate.CLIPS, *evaluate.HELD_OUT):
+        assert motion in evaluate.world.MOTIONS and thing in evaluate.world.OBJECTS
+        assert {place, new_place} <= evaluate.world.BACKGROUNDS.keys() and place != new_place
+        assert new_thing in evaluate.world.LOOKS and new_thing != thing and style in ("sketch", "sunset")
+    assert not {clip[1:4] for clip in evaluate.CLIPS} & {clip[1:4] for clip in evaluate.HELD_OUT}
+    assert [len(numbers) for numbers in evaluate.SETS.values()] == [12, 12]
 
 
 def test_a_method_edits_as_it_is_named(short):
