@@ -96,9 +96,9 @@ def test_other_architectures_are_named():
     other = base_model(comfy.model_base.BaseModel, {**diffusion_transformer}, mmdit.OpenAISignatureMMDITWrapper)
     with pytest.raises(ValueError, match=r"is a BaseModel \(OpenAISignatureMMDITWrapper\), not a Stable Diffusion"):
         InflateUNet.execute(other, "video")
-    sdxl = {**published.to_unet_config(TINY), "num_classes": "sequential", "adm_in_channels": 8}
-    with pytest.raises(ValueError, match=r"extra conditioning \(SDXL"):
-        InflateUNet.execute(base_model(comfy.model_base.BaseModel, sdxl), "video")
+    conditioned = {**published.to_unet_config(TINY), "num_classes": "sequential", "adm_in_channels": 8}
+    with pytest.raises(ValueError, match="is a BaseModel with extra conditioning"):
+        InflateUNet.execute(base_model(comfy.model_base.BaseModel, conditioned), "video")
     inpainting = published.to_unet_config({**TINY, "in_channels": 9})
     with pytest.raises(ValueError, match="takes 9 channels instead of 4: it is an inpainting"):
         InflateUNet.execute(base_model(comfy.model_base.BaseModel, inpainting), "video")

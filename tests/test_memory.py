@@ -217,8 +217,8 @@ def out_of_memory(monkeypatch):
 
     def at(fast, low=(), error=(torch.cuda.OutOfMemoryError, "injected")):
         class Scarce(TrainingUNet):
-            def __init__(self, video, frames, precision, recompute, context):
-                super().__init__(video, frames, precision, recompute, context)
+            def __init__(self, video, frames, precision, recompute, *conditioning):
+                super().__init__(video, frames, precision, recompute, *conditioning)
                 assert not any(alive() for alive in networks)  # the one that failed takes no memory any more
                 networks.append(weakref.ref(self.unet))
                 self.failing, self.calls = fast if recompute == "nothing" else low, 0

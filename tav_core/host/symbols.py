@@ -27,6 +27,7 @@ NEEDS = {
         "comfy.patcher_extension:WrapperExecutor": "__call__() class_obj",
         "comfy.model_base:BaseModel": "diffusion_model model_config model_sampling latent_format manual_cast_dtype "
         "get_dtype()",
+        "comfy.model_base": "SDXL",
         "comfy.latent_formats:LatentFormat": "latent_channels",
         "comfy.model_sampling:ModelSamplingDiscrete": "sigmas",
         "comfy.model_sampling:EPS": "calculate_denoised()",
@@ -56,6 +57,10 @@ NEEDS = {
         "device, operations)",
         "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device)",
         "comfy.utils:ProgressBar": "__init__(total) update_absolute(value, total, preview)",
+        "comfy.sampler_helpers": "convert_cond(cond)",
+        "comfy.samplers": "encode_model_conds(model_function, conds, noise, device, prompt_type)",
+        "comfy.model_base:BaseModel": "extra_conds()",
+        "comfy.conds:CONDRegular": "cond",
         "latent_preview": "get_previewer(device, latent_format)",
         "latent_preview:LatentPreviewer": "decode_latent_to_preview(x0)",
         "latent_preview:Latent2RGBPreviewer": "__init__(latent_rgb_factors, latent_rgb_factors_bias)",

@@ -23,6 +23,7 @@ from .comfyui import (
     ModelPatcher,
     UNetModel,
     comfy,
+    config_of,
     latents_of,
     model_sigmas,
     others_on,
@@ -84,6 +85,11 @@ class Video:
     def text_width(self) -> int:
         return next(iter(self.parts.blocks.values())).attn2.to_k.in_features
 
+    @property
+    def vector_width(self) -> int:
+        """Of what SDXL reads beside the text (`vector_of`); 0 where the model reads no such thing."""
+        return 0 if self.unet.num_classes is None else config_of(self.patcher)["adm_in_channels"]
+
     def latents(self, samples: Tensor) -> Tensor:
         """LATENT samples in the scale of the model."""
         return latents_of(self.patcher, samples)
@@ -114,7 +120,7 @@ def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE, atte
     Untuned, it differs from the image model by the frames that each one `attends` to and by `group_norm` only. A clip
     longer than a window is computed in `windows`.
 
-    Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
+    Raises ValueError for a model that is no UNet of Stable Diffusion 1.x, 2.x or XL, or is inflated already.
     """
     unet = unet_of(model)
     prediction_type_of(model)

@@ -52,9 +52,18 @@ class TrainingUNet:
         recompute: in the backward pass (`inflation.checkpoint_stages`).
         context: the text, [1 or f, tokens, width]; None leaves the network without values, on the meta device, for
             `memory.estimate`, until `fix_text`.
+        vector: what SDXL reads beside the text (`host.vector_of`).
     """
 
-    def __init__(self, video: host.Video, frames: int, precision: str, recompute: str, context: Tensor | None):
+    def __init__(
+        self,
+        video: host.Video,
+        frames: int,
+        precision: str,
+        recompute: str,
+        context: Tensor | None,
+        vector: Tensor | None = None,
+    ):
         model, blank = video.patcher, context is None
         self.device = torch.device("cpu") if blank else video.device
         mixed = precision == "bf16"
@@ -91,6 +100,7 @@ class TrainingUNet:
         self.trainable = {name: parameter for name, parameter in named.items() if trains(name)}
         for parameter in self.trainable.values():
             parameter.requires_grad_()
+        self.vector = vector
         if context is not None:
             self.fix_text(context)
 
@@ -111,7 +121,8 @@ class TrainingUNet:
         with self.autocast():
             t = torch.full((latents.shape[0],), float(timestep), device=latents.device)
             text = self.context.expand(latents.shape[0], -1, -1)
-            return self.unet(latents, t, context=text, transformer_options=options)
+            vector = None if self.vector is None else self.vector.expand(latents.shape[0], -1)
+            return self.unet(latents, t, context=text, y=vector, transformer_options=options)
 
 
 def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: str, recompute: str) -> memory.Estimate:
@@ -120,6 +131,7 @@ def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: 
 
     def loss() -> Tensor:
         network.fix_text(torch.empty(1, tokens, video.text_width))
+        network.vector = torch.empty(1, video.vector_width) if video.vector_width else None
         return network(torch.empty(shape), 0).float().square().mean()
 
     with torch.inference_mode(False), torch.enable_grad():
