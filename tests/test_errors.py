@@ -124,7 +124,10 @@ def test_model_that_is_not_inflated(node, model):
         (lambda x: torch.cat([x, x], 1), "latents have 8 channels, this MODEL's have 4"),
         (lambda x: x[None], r"latents have shape \(1, 5, 4, 8, 8\); expected \[frames, channels"),
         (lambda x: x / 0, "latents hold NaN or infinite values"),
-        (lambda x: x * torch.nan, "latents hold NaN or infinite values"),
+        (
+            lambda x: x * torch.nan,
+            "latents hold NaN or infinite values: .* with --bf16-vae or --fp32-vae, or load a VAE",
+        ),
     ],
 )
 def test_latents(node, clip, spoil, message):

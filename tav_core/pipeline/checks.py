@@ -52,8 +52,9 @@ def check_inputs(
         )
     if not torch.isfinite(samples).all():
         raise ValueError(
-            "the latents hold NaN or infinite values: check the node that they come from (a VAE makes them in fp16: "
-            "run ComfyUI with --fp32-vae) and the frames."
+            "the latents hold NaN or infinite values: a VAE makes them in fp16, SDXL's own above all. Start ComfyUI "
+            "with --bf16-vae or --fp32-vae, or load a VAE that is made for fp16 (sdxl-vae-fp16-fix); else check the "
+            "frames."
         )
     host.refuse_merged_tunes(model)
     _check_mask(latent.get("noise_mask"), frames, sides)
