@@ -1,14 +1,23 @@
 """Stable Diffusion XL on the host's own classes: its topology, narrow, of random weights."""
 
+import faulthandler
+import itertools
+import time
+
+import comfy.cli_args
 import comfy.model_base
 import comfy.supported_models
+import folder_paths
 import pytest
 import torch
+from checkpoint import write_xl_checkpoint
 from equal import same_weights
-from small import FULL_XL, XL, build_xl
-from tune_a_video.nodes import InflateUNet
+from small import FULL_XL, XL, build_xl, meta_unet
+from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, SampleVideo
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.method.inflation import TemporalLayers
+from tune_a_video.tav_core.method import tuning
+from tune_a_video.tav_core.method.inflation import LAYERS, LIGHT, TemporalLayers
+from tune_a_video.tav_core.method.low_rank import LowRankQueries
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
@@ -24,9 +33,9 @@ def model():
         return build_xl()
 
 
-@pytest.fixture
-def inflated(model):
-    return host.inflate(model, "video")
+@pytest.fixture(params=LAYERS)
+def inflated(model, request):
+    return host.inflate(model, "video", layers=request.param)
 
 
 @pytest.fixture
@@ -238,3 +247,54 @@ def test_families_are_told_apart(make_model, make_weights, model):
         check_base(whole, of_sd1)
     with pytest.raises(ValueError, match="belong to another UNet"):
         apply_weights(model, of_sd1)
+
+
+def test_light_trains_58_million_parameters_and_the_papers_choice_614():
+    assert host.inflation_of(host.inflate(build_xl(), "video")).layers == LIGHT
+    parts = host.parts_of(meta_unet(FULL_XL))
+    counts = {}
+    for layers in LAYERS:
+        names = dict(meta_unet(FULL_XL).named_parameters()) | TemporalLayers(parts, "meta", layers).named()
+        names |= LowRankQueries(parts, "meta").named() if layers == LIGHT else {}
+        counts[layers] = sum(p.numel() for name, p in names.items() if tuning.trains(name, layers))
+    assert {layers: round(count / 1e6, 1) for layers, count in counts.items()} == {"paper": 614.5, "light": 58.2}
+
+
+def test_sdxl_of_full_size(request, core, tmp_path, monkeypatch):
+    """Through the host's loaders and nodes: a tune, an inversion and an edit of one step, 2 frames of 64 x 64, bf16."""
+    if not request.config.getoption("--full-size"):
+        pytest.skip("needs --full-size, 16 GiB of memory and some minutes")
+    import resource  # not on Windows
+
+    faulthandler.cancel_dump_traceback_later()
+    write_xl_checkpoint(tmp_path / "sdxl.ckpt")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".ckpt"}))
+    monkeypatch.setattr(comfy.cli_args.args, "bf16_unet", True)
+    times = [("start", time.monotonic())]
+
+    def run(name, node, method, *args, **kwargs):
+        out = getattr(node, method)(*args, **kwargs)
+        times.append((name, time.monotonic()))
+        return getattr(out, "result", out)
+
+    with torch.inference_mode():
+        model, text, vae = run("load", core["CheckpointLoaderSimple"](), "load_checkpoint", "sdxl.ckpt")[:3]
+        assert type(model.model) is comfy.model_base.SDXL and model.model.get_dtype() == torch.bfloat16
+        prompts = [run("encode", core["CLIPTextEncode"](), "encode", text, words)[0] for words in ("", "a man skis")]
+        frames = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+        (latents,) = core["VAEEncode"]().encode(vae, frames)
+        model = model.clone()
+        model.set_model_compute_dtype(torch.bfloat16)
+        (inflated,) = run("inflate", InflateUNet, "execute", model, "video")
+        inputs = inflated, latents, prompts[1], 1, 3e-5, 33, "bf16", 0.01, 1.0
+        tuned, weights, *_ = run("tune", OneShotTune, "execute", *inputs)
+        inverted, *_ = run("invert", DDIMInvert, "execute", tuned, latents, prompts[0], 1)
+        (edit,) = run("sample", SampleVideo, "execute", tuned, inverted, prompts[1], prompts[0], 1, 7.5)
+        (pictures,) = core["VAEDecode"]().decode(vae, edit)
+    assert weights.base_family == "Stable Diffusion XL (epsilon)" and weights.layers == LIGHT
+    assert round(sum(t.numel() for t in (*weights.queries.values(), *weights.temporal.values())) / 1e6) == 58
+    assert pictures.shape == frames.shape and pictures.isfinite().all()
+    size = (tmp_path / "sdxl.ckpt").stat().st_size / 1e6
+    seconds = ", ".join(f"{name} {end - start:.0f} s" for (_, start), (name, end) in itertools.pairwise(times))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"checkpoint {size:.0f} MB; {seconds}; peak {peak:.1f} GiB")

@@ -122,6 +122,11 @@ def parts_of(unet: nn.Module) -> UNetParts:
         blocks=blocks,
         video_norms=[*norms, modules["out.0"]],
         stages=[*resnets, *transformers],
+        last=frozenset(
+            f"{name}.transformer_blocks.{len(module.transformer_blocks) - 1}"
+            for name, module in modules.items()
+            if isinstance(module, SpatialTransformer)
+        ),
         decoder=frozenset(name for name in blocks if name.startswith("output_blocks.")),
         layout=_layout(unet),
     )
@@ -532,6 +537,11 @@ def folders() -> list[Path]:
     None where the host lacks what lists them: the nodes' schemas still ask.
     """
     return [] if LOST["files"] else [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def lora_folder() -> Path:
+    """Where new LoRA files go."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def file_names() -> list[str]:

@@ -13,7 +13,8 @@ NEEDS = {
         f"{OPENAI}:UNetModel": "forward(x, timesteps, context, y, control, transformer_options) "
         "in_channels channel_mult num_classes out output_blocks",
         f"{OPENAI}:ResBlock": "in_layers out_layers",
-        ATTENTION: "SpatialTransformer attention_pytorch(q, k, v, heads, mask, attn_precision)",
+        ATTENTION: "attention_pytorch(q, k, v, heads, mask, attn_precision)",
+        f"{ATTENTION}:SpatialTransformer": "transformer_blocks",
         f"{ATTENTION}:BasicTransformerBlock": "attn1 attn2 norm1 n_heads d_head",
         f"{ATTENTION}:CrossAttention": "to_q to_k to_v heads dim_head",
         "comfy.model_patcher:ModelPatcher": "__init__(model, load_device, offload_device) "
@@ -36,6 +37,8 @@ NEEDS = {
     },
     # the weights that are run, LoRAs merged
     "weights": {"comfy.lora": "calculate_weight(patches, weight, key)"},
+    # weights whose queries are low-rank changes
+    "low-rank weights": {"comfy.lora": "load_lora(lora, to_load)"},
     # DDIM in both directions, with previews and Cancel
     "sampling": {
         "comfy.samplers:CFGGuider": "__init__(model_patcher) set_conds(positive, negative) set_cfg(cfg) "

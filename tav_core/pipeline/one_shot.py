@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import host
 from ..method.attention import PAPERS
-from ..method.inflation import RECOMPUTE
+from ..method.inflation import PAPER, RECOMPUTE
+from ..method.low_rank import DOWN, RANK, UP
 from ..method.memory import MEMORY, Estimate, plan
 from ..method.tuning import (
     METHOD_VERSION,
@@ -264,6 +265,7 @@ class _Tune:
         frames = windows.at_once(len(self.latents))
         network = TrainingUNet(self.video, frames, self.precision, recompute, self.context, self.vector)
         own = Draws(self.latents.shape, len(sigmas), self.recipe.seed, windows)
+        network.reset(own.generator)
         draws = own if self.draws is None else self.draws()
         training = Training(network.trainable, self.recipe, draws)
         if state is not None:
@@ -396,10 +398,11 @@ def _run_key(
 
     What is recomputed is left out: the result is the same.
     """
-    windows, attends = video.inflation.windows, video.inflation.attends
+    windows, attends, layers = video.inflation.windows, video.inflation.attends, video.inflation.layers
     return digest(
         {
             **({} if attends == PAPERS else {"attends": attends}),  # states saved before there was a choice stay found
+            **({} if layers == PAPER else {"layers": layers, "rank": RANK}),
             **({} if vector is None else {"vector": vector}),
             "method": METHOD_VERSION,
             "model": identity,
@@ -430,20 +433,27 @@ def _result(
             f"{names[0]} became NaN or infinite by step {len(reports)}, so there is no result. Lower learning_rate, or "
             "set precision to fp32."
         )
-    base = host.effective_weights(video.patcher, video.device, trains)
+    layers = video.inflation.layers
+    if layers == PAPER:
+        base = host.effective_weights(video.patcher, video.device, trains)
+        queries = {name: difference(trained[name].to(old), old).cpu() for name, old in base}
+    else:
+        queries = {name: _own(tensor) for name, tensor in trained.items() if name.endswith((DOWN, UP))}
     frames, _channels, height, width = shape
     return TunedWeights(
-        queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
-        temporal={
-            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
-            for name, tensor in video.inflation.temporal.named().items()
-        },
+        queries=queries,
+        temporal={name: _own(trained.get(name, tensor)) for name, tensor in video.inflation.temporal.named().items()},
         frames=frames,
         group_norm=video.inflation.group_norm,
         windows=video.inflation.windows,
         attends=video.inflation.attends,
+        layers=layers,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
         recipe=recipe,
     )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
