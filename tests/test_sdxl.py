@@ -2,29 +2,40 @@
 
 import faulthandler
 import itertools
+import re
 import time
 
 import comfy.cli_args
 import comfy.model_base
 import comfy.supported_models
 import folder_paths
+import measure
 import pytest
 import torch
 from checkpoint import write_xl_checkpoint
 from equal import same_weights
+from pack import PROJECT
 from small import FULL_XL, XL, build_xl, meta_unet
 from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, SampleVideo
 from tune_a_video.tav_core import host
-from tune_a_video.tav_core.method import tuning
+from tune_a_video.tav_core.method import memory, tuning
 from tune_a_video.tav_core.method.inflation import LAYERS, LIGHT, TemporalLayers
 from tune_a_video.tav_core.method.low_rank import LowRankQueries
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights, check_base
-from tune_a_video.tav_core.pipeline.network import TrainingUNet
+from tune_a_video.tav_core.pipeline.network import TrainingUNet, estimate_step
 from tune_a_video.tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune
 from tune_a_video.tav_core.store.weights import load_file, save_file
+
+
+def blank(config):
+    """A MODEL of the host's SDXL class without weights."""
+    supported = comfy.supported_models.SDXL({**config})
+    supported.unet_config = {**config, "dtype": torch.float32}
+    cpu = torch.device("cpu")
+    return host.ModelPatcher(comfy.model_base.SDXL(supported, device=torch.device("meta")), cpu, cpu)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +44,9 @@ def model():
         return build_xl()
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture
 def inflated(model, request):
-    return host.inflate(model, "video", layers=request.param)
+    return host.inflate(model, "video", layers=getattr(request, "param", "auto"))
 
 
 @pytest.fixture
@@ -106,6 +117,7 @@ def test_the_vector_matters(model, clip, prompts):
     assert not torch.equal(plain, host.vector_of(model, [[text, {**options, "crop_w": 8}]], clip["samples"]))
 
 
+@pytest.mark.parametrize("inflated", LAYERS, indirect=True)
 def test_tune_apply_invert_and_sample(inflated, clip, prompts, unchanged):
     negative, positive = prompts
     with unchanged(inflated):
@@ -216,6 +228,7 @@ def test_saved_weights_are_the_same_to_the_bit(inflated, clip, prompts, tmp_path
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("inflated", LAYERS, indirect=True)
 def test_a_tune_goes_on_where_it_stopped(inflated, clip, prompts, tmp_path):
     whole = tuned(inflated, clip, prompts[0], 4)
     told = []
@@ -235,10 +248,7 @@ def test_a_tune_goes_on_where_it_stopped(inflated, clip, prompts, tmp_path):
 
 
 def test_families_are_told_apart(make_model, make_weights, model):
-    config = comfy.supported_models.SDXL({**FULL_XL})
-    config.unet_config = {**FULL_XL, "dtype": torch.float32}
-    cpu = torch.device("cpu")
-    whole = host.ModelPatcher(comfy.model_base.SDXL(config, device=torch.device("meta")), cpu, cpu)
+    whole = blank(FULL_XL)
     assert host.family_of(whole) == "Stable Diffusion XL (epsilon)"
     of_sd1 = make_weights(make_model(), base_family="Stable Diffusion 1.x (epsilon)")
     with pytest.raises(
@@ -258,6 +268,33 @@ def test_light_trains_58_million_parameters_and_the_papers_choice_614():
         names |= LowRankQueries(parts, "meta").named() if layers == LIGHT else {}
         counts[layers] = sum(p.numel() for name, p in names.items() if tuning.trains(name, layers))
     assert {layers: round(count / 1e6, 1) for layers, count in counts.items()} == {"paper": 614.5, "light": 58.2}
+
+
+@pytest.mark.parametrize(
+    ("layers", "precision", "recompute"),
+    [("light", "fp32", "nothing"), ("light", "bf16", "all"), ("paper", "bf16", "all")],
+)
+def test_the_estimate_is_what_a_tune_takes(model, prompts, layers, precision, recompute):
+    inflated = host.inflate(model, "video", layers=layers)
+    shape = torch.Size((4, 4, 16, 24))
+
+    def tune():
+        latents = {"samples": torch.randn(shape)}
+        one_shot_tune(inflated, latents, prompts[1], Recipe(2), precision, recompute, lambda _step: None)
+
+    estimate = estimate_step(host.video_of(inflated), shape, 7, precision, recompute)
+    assert estimate.total == pytest.approx(measure.peak(inflated.load_device, tune), rel=0.15)
+
+
+def test_what_the_readme_promises_of_sdxl(monkeypatch):
+    """By the estimate only: 16 frames in low, as on a GPU."""
+    model = host.inflate(blank(FULL_XL), "video")
+    monkeypatch.setattr(model, "load_device", torch.device("cuda"))
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    [(side, promised)] = re.findall(r"\| (768) . 768 \| ([\d.]+) GiB \|", readme)
+    shape = torch.Size((16, 4, int(side) // 8, int(side) // 8))
+    estimate = estimate_step(host.video_of(model), shape, 77, "bf16", "all")
+    assert estimate.total * memory.HEADROOM / memory.GIB == pytest.approx(float(promised), rel=0.03)
 
 
 def test_sdxl_of_full_size(request, core, tmp_path, monkeypatch):
