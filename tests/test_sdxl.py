@@ -4,6 +4,7 @@ import faulthandler
 import itertools
 import re
 import time
+from types import SimpleNamespace
 
 import comfy.cli_args
 import comfy.model_base
@@ -13,12 +14,14 @@ import measure
 import pytest
 import torch
 from checkpoint import write_xl_checkpoint
+from comfy.sdxl_clip import SDXLTokenizer
 from equal import same_weights
 from pack import PROJECT
 from small import FULL_XL, XL, build_xl, meta_unet
 from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, SampleVideo
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import memory, tuning
+from tune_a_video.tav_core.method.guidance import Steering
 from tune_a_video.tav_core.method.inflation import LAYERS, LIGHT, TemporalLayers
 from tune_a_video.tav_core.method.low_rank import LowRankQueries
 from tune_a_video.tav_core.method.tuning import Recipe
@@ -127,6 +130,25 @@ def test_tune_apply_invert_and_sample(inflated, clip, prompts, unchanged):
             inverted, _noise, _sigmas = editing.invert(applied, clip, negative, 2)
             edit = editing.sample_video(applied, inverted, positive, negative, 2, 5.0)
     assert edit["samples"].shape == clip["samples"].shape and edit["samples"].isfinite().all()
+
+
+def test_structure_is_shared_with_the_source(inflated, clip, prompts):
+    """The source's prompt has a vector of its own."""
+    negative, positive = prompts
+    with torch.inference_mode():
+        inverted, *_ = editing.invert(inflated, clip, negative, 2)
+        plain, steered = (
+            editing.sample_video(inflated, inverted, positive, negative, 2, 5.0, steering=steering)["samples"]
+            for steering in (editing.PLAIN, Steering(structure=0.5))
+        )
+    assert steered.isfinite().all() and not torch.equal(plain, steered)
+
+
+def test_words_are_found_by_sdxls_tokenizer():
+    clip = SimpleNamespace(tokenize=SDXLTokenizer().tokenize_with_weights)
+    assert host.positions(clip, "a red car on the beach", "red car") == [2, 3]
+    with pytest.raises(ValueError, match="the word 'boat' is not in the caption"):
+        host.positions(clip, "a red car on the beach", "boat")
 
 
 def test_windows_cut_the_vector_as_the_frames(model, prompts):
