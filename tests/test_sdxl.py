@@ -18,7 +18,7 @@ from comfy.sdxl_clip import SDXLTokenizer
 from equal import same_weights
 from pack import PROJECT
 from small import FULL_XL, XL, build_xl, meta_unet
-from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, SampleVideo
+from tune_a_video.nodes import DDIMInvert, ExportPublished, InflateUNet, LoadPublished, OneShotTune, SampleVideo
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import memory, tuning
 from tune_a_video.tav_core.method.guidance import Steering
@@ -149,6 +149,13 @@ def test_words_are_found_by_sdxls_tokenizer():
     assert host.positions(clip, "a red car on the beach", "red car") == [2, 3]
     with pytest.raises(ValueError, match="the word 'boat' is not in the caption"):
         host.positions(clip, "a red car on the beach", "boat")
+
+
+def test_the_papers_layers_can_be_published(model, clip, prompts, folder):
+    learned = tuned(host.inflate(model, "video", layers="paper"), clip, prompts[0], 1)
+    (name,) = ExportPublished.execute(model, learned, "xl").result
+    weights, report = LoadPublished.execute(model, name).result
+    assert same_weights(weights, learned) and "140 queries and 490 temporal tensors were read" in report
 
 
 def test_windows_cut_the_vector_as_the_frames(model, prompts):

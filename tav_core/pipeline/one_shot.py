@@ -353,8 +353,9 @@ def _sample_edit(
         negative = validation.negative
         if negative is None:
             text, options = validation.positive[0]
-            pooled = {key: torch.zeros_like(value) for key, value in options.items() if key == "pooled_output"}
-            negative = [[torch.zeros_like(text), pooled]]
+            pooled = options.get("pooled_output")
+            nothing = {} if pooled is None else {"pooled_output": torch.zeros_like(pooled)}
+            negative = [[torch.zeros_like(text), nothing]]
 
         def silent(*_args: Any) -> None: ...
 
