@@ -30,6 +30,7 @@ from ..tav_core import host
 from ..tav_core.method import ddim
 from ..tav_core.method.attention import PAPERS
 from ..tav_core.method.guidance import Steering
+from ..tav_core.method.inflation import LIGHT, PAPER
 from ..tav_core.method.tuning import Recipe
 from ..tav_core.pictures import image
 from ..tav_core.pipeline import editing, finding, scores
@@ -114,16 +115,16 @@ class Subject:
     clip: Clip
     latent: dict[str, Tensor]
 
-    def video(self, group_norm: str = GROUP_NORM, attends: str = PAPERS) -> host.ModelPatcher:
+    def video(self, group_norm: str = GROUP_NORM, attends: str = PAPERS, layers: str = PAPER) -> host.ModelPatcher:
         """The inflated model, untuned."""
-        return host.inflate(self.studio.model, group_norm, attends=attends)
+        return host.inflate(self.studio.model, group_norm, attends=attends, layers=layers)
 
     @cached_property
     def tuned(self) -> host.ModelPatcher:
         return self.tune()
 
-    def tune(self, group_norm: str = GROUP_NORM, attends: str = PAPERS) -> host.ModelPatcher:
-        video, caption = self.video(group_norm, attends), self.studio.encode(self.clip.caption)
+    def tune(self, group_norm: str = GROUP_NORM, attends: str = PAPERS, layers: str = PAPER) -> host.ModelPatcher:
+        video, caption = self.video(group_norm, attends, layers), self.studio.encode(self.clip.caption)
         weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", "nothing", on_step=quiet)
         return apply_weights(video, weights)
 
@@ -193,6 +194,12 @@ def attending(attends: str) -> Callable[[Subject], Edit]:
     return method
 
 
+def light_layers(subject: Subject) -> Edit:
+    """Queries that change at low rank."""
+    video = subject.tune(layers=LIGHT)
+    return subject.edit_from(video, subject.invert(video))
+
+
 def masked(subject: Subject) -> Edit:
     """With a mask of the object that the caption names, or of all but that; none where the style is edited."""
     video, scene = subject.tuned, subject.clip.scenes[0]
@@ -227,6 +234,7 @@ LEVERS: dict[str, Callable[[Subject], Edit]] = {
     "freedom 0.3": steered(Steering(freedom=0.3)),
     "attending to itself too": attending("first_own_previous"),
     "attending to all frames": attending("all"),
+    "light layers": light_layers,
 }
 TRUTH = "the edit drawn, not sampled"  # the last row of the table: what there is to reach
 

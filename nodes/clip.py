@@ -29,7 +29,7 @@ def _size_inputs() -> list[io.Input]:
             default=512,
             min=8,
             max=clip.MAX_SIZE,
-            tooltip="Width in pixels, a multiple of 8. SD 1.x is at home at 512, SD 2.1 at 768.",
+            tooltip="Width in pixels, a multiple of 8. SD 1.x is at home at 512, SD 2.1 at 768, SDXL at 1024.",
         ),
         io.Int.Input("height", default=512, min=8, max=clip.MAX_SIZE, tooltip="Height in pixels, a multiple of 8."),
         io.Combo.Input(

@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from ..tav_core import host
 from ..tav_core.method.attention import ATTENDS, PAPERS
-from ..tav_core.method.inflation import GROUP_NORM_MODES
+from ..tav_core.method.inflation import GROUP_NORM_MODES, LAYERS
 from ..tav_core.method.windows import Windows
 from .schema import CATEGORY, advanced, found_by
 
@@ -20,7 +20,7 @@ class InflateUNet(io.ComfyNode):
                 "temporal attention that tuning fills. The model that you connect is not changed."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Any Stable Diffusion 1.x or 2.x model, with or without LoRAs."),
+                io.Model.Input("model", tooltip="Any Stable Diffusion 1.x, 2.x or XL model, with or without LoRAs."),
                 io.Combo.Input(
                     "group_norm",
                     options=list(GROUP_NORM_MODES),
@@ -66,6 +66,18 @@ class InflateUNet(io.ComfyNode):
                         "too; or all, which takes three quarters more time at 8 frames. Weights remember it."
                     ),
                 ),
+                advanced(
+                    io.Combo,
+                    "layers",
+                    options=["auto", *LAYERS],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "What is tuned. paper: all queries, and temporal attention in every block. light: low-rank "
+                        "changes of the queries, and one temporal attention a transformer, for less memory. auto: "
+                        "light for SDXL, else paper."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("video_model", display_name="model", tooltip="The video model, for One-Shot Tune.")
@@ -73,5 +85,5 @@ class InflateUNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, group_norm, window=0, overlap=4, attends=PAPERS) -> io.NodeOutput:
-        return io.NodeOutput(host.inflate(model, group_norm, Windows(window, overlap), attends))
+    def execute(cls, model, group_norm, window=0, overlap=4, attends=PAPERS, layers="auto") -> io.NodeOutput:
+        return io.NodeOutput(host.inflate(model, group_norm, Windows(window, overlap), attends, layers))

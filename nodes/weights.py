@@ -33,6 +33,16 @@ class SaveWeights(io.ComfyNode):
                     default="fp32",
                     tooltip="fp32 samples the same to the bit when loaded again; fp16 is half the size.",
                 ),
+                advanced(
+                    io.Boolean,
+                    "lora",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Write the queries of light weights to models/loras as well, as an ordinary LoRA: the look "
+                        "without the motion."
+                    ),
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -44,7 +54,9 @@ class SaveWeights(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, weights, filename_prefix, precision) -> io.NodeOutput:
+    def execute(cls, weights, filename_prefix, precision, lora=False) -> io.NodeOutput:
+        if lora:
+            library.save_lora(weights, filename_prefix, precision)
         return io.NodeOutput(library.save_weights(weights, filename_prefix, precision))
 
 

@@ -32,7 +32,8 @@ settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):
-    about = "also measure a tune of Stable Diffusion 1.5 where there is no GPU: half an hour, 16 GiB of memory"
+    about = "also measure a tune of Stable Diffusion 1.5 where there is no GPU (half an hour), and take one step of "
+    about += "SDXL's in full size (some minutes): 16 GiB of memory"
     parser.addoption("--full-size", action="store_true", help=about)
 
 

@@ -137,6 +137,10 @@ def test_bad_clips_are_named():
     for bad in (clip()[0], clip()[:0], clip(channels=2), clip().mul(255).byte()):
         with pytest.raises(ValueError, match="video_2 has no frames: connect images"):
             compare(clip(), bad)
+    with pytest.raises(
+        ValueError, match="video_2 holds NaN or infinite pixels: a VAE .* with --bf16-vae or --fp32-vae"
+    ):
+        side_by_side({"video_1": torch.zeros(2, 8, 8, 3), "video_2": torch.full((2, 8, 8, 3), torch.nan)})
     with pytest.raises(ValueError, match=f"pixels wide side by side, and a video holds {LARGEST} at most"):
         compare(clip(1, 1024, 1), clip(1, 1, 17))
 

@@ -71,7 +71,7 @@ def refused(nodes):
         ("comfy.samplers:KSAMPLER", SAMPLING),
         ("comfy.samplers:CFGGuider.set_cfg", SAMPLING),
         ("latent_preview", SAMPLING),
-        ("comfy.lora", {"TAVOneShotTune", *PUBLISHED}),
+        ("comfy.lora", {"TAVOneShotTune", "TAVApplyWeights", *PUBLISHED}),
         ("comfy.utils:ProgressBar", {"TAVOneShotTune"}),
         ("comfy.utils:unet_to_diffusers", PUBLISHED),
         ("folder_paths:get_filename_list", FILES),

@@ -32,6 +32,14 @@ UNET = "diffusion_model."
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "invalid buffer size")
 FOLDER = "tune_a_video"
 LATENT_PIXELS = 8  # width and height of what one latent stands for
+# Classes of the host whose UNet reads a vector beside the text, as SDXL's, and cannot be inflated all the same.
+OTHERS = {
+    "SDXLRefiner": "the SDXL refiner",
+    "SVD_img2vid": "Stable Video Diffusion",
+    "SV3D_u": "Stable Video 3D",
+    "SV3D_p": "Stable Video 3D",
+    "SD21UNCLIP": "unCLIP",
+}
 
 LOST = {need: drift.lost(names) for need, names in NEEDS.items()}  # imports of the host what is there
 
@@ -79,14 +87,14 @@ if not LOST["files"]:
 
 
 def unet_of(model: ModelPatcher) -> UNetModel:
-    """The model's UNet. Raises ValueError, naming what it is, unless it is of Stable Diffusion 1.x or 2.x."""
+    """The model's UNet. Raises ValueError, naming what it is, unless it is of Stable Diffusion 1.x, 2.x or XL."""
     unet = getattr(model.model, "diffusion_model", None)
     kind = type(model.model).__name__
-    wanted = "Tune-A-Video needs a Stable Diffusion 1.x or 2.x checkpoint."
+    wanted = "Tune-A-Video needs a Stable Diffusion 1.x, 2.x or XL checkpoint."
     if not isinstance(unet, UNetModel):
         raise ValueError(f"this MODEL is a {kind} ({type(unet).__name__}), not a Stable Diffusion UNet. {wanted}")
-    if unet.num_classes is not None:
-        raise ValueError(f"this MODEL is a {kind} with extra conditioning (SDXL, SVD or unCLIP). {wanted}")
+    if unet.num_classes is not None and not isinstance(model.model, comfy.model_base.SDXL):
+        raise ValueError(f"this MODEL is {OTHERS.get(kind, f'a {kind} with extra conditioning')}. {wanted}")
     channels = model.get_model_object("latent_format").latent_channels
     if unet.in_channels != channels:
         raise ValueError(
@@ -114,6 +122,11 @@ def parts_of(unet: nn.Module) -> UNetParts:
         blocks=blocks,
         video_norms=[*norms, modules["out.0"]],
         stages=[*resnets, *transformers],
+        last=frozenset(
+            f"{name}.transformer_blocks.{len(module.transformer_blocks) - 1}"
+            for name, module in modules.items()
+            if isinstance(module, SpatialTransformer)
+        ),
         decoder=frozenset(name for name in blocks if name.startswith("output_blocks.")),
         layout=_layout(unet),
     )
@@ -190,7 +203,7 @@ def own_names(model: ModelPatcher) -> dict[str, str]:
     if missing := own - set(names.values()):
         raise ValueError(
             f"this MODEL's UNet has {len(missing)} tensors that published models do not have, the first is "
-            f"{min(missing)}. Use a plain Stable Diffusion 1.x or 2.x checkpoint."
+            f"{min(missing)}. Use a plain Stable Diffusion checkpoint."
         )
     return names
 
@@ -205,7 +218,11 @@ def family_of(model: ModelPatcher) -> str:
     """What weights must share to fit each other, in words: the architecture and what the network predicts."""
     config = config_of(model)
     channels, context = config["model_channels"], config["context_dim"]
-    names = {(320, 768): "Stable Diffusion 1.x", (320, 1024): "Stable Diffusion 2.x"}
+    names = {
+        (320, 768): "Stable Diffusion 1.x",
+        (320, 1024): "Stable Diffusion 2.x",
+        (320, 2048): "Stable Diffusion XL",
+    }
     name = names.get((channels, context), f"a UNet of {channels} channels and text width {context}")
     return f"{name} ({prediction_type_of(model)})"
 
@@ -471,6 +488,19 @@ def run_sampler(
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+def vector_of(model: ModelPatcher, prompt: Conditioning, latents: Tensor) -> Tensor | None:
+    """What SDXL reads of a prompt beside its tokens, [1 or f, width]: its pooled output, and sizes and crop.
+
+    By the host's own encoding, as when it samples `latents`: a size that the prompt does not give is theirs. None where
+    the model reads no such thing.
+    """
+    if model.model.diffusion_model.num_classes is None:
+        return None
+    conds = comfy.sampler_helpers.convert_cond(prompt)
+    [cond] = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, latents, latents.device, "positive")
+    return cond["model_conds"]["y"].cond
+
+
 def encoded(clip: Any, text: str) -> Conditioning:
     """CONDITIONING of a text, as CLIP Text Encode makes it."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -507,6 +537,11 @@ def folders() -> list[Path]:
     None where the host lacks what lists them: the nodes' schemas still ask.
     """
     return [] if LOST["files"] else [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def lora_folder() -> Path:
+    """Where new LoRA files go."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def file_names() -> list[str]:

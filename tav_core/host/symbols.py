@@ -13,7 +13,8 @@ NEEDS = {
         f"{OPENAI}:UNetModel": "forward(x, timesteps, context, y, control, transformer_options) "
         "in_channels channel_mult num_classes out output_blocks",
         f"{OPENAI}:ResBlock": "in_layers out_layers",
-        ATTENTION: "SpatialTransformer attention_pytorch(q, k, v, heads, mask, attn_precision)",
+        ATTENTION: "attention_pytorch(q, k, v, heads, mask, attn_precision)",
+        f"{ATTENTION}:SpatialTransformer": "transformer_blocks",
         f"{ATTENTION}:BasicTransformerBlock": "attn1 attn2 norm1 n_heads d_head",
         f"{ATTENTION}:CrossAttention": "to_q to_k to_v heads dim_head",
         "comfy.model_patcher:ModelPatcher": "__init__(model, load_device, offload_device) "
@@ -27,6 +28,7 @@ NEEDS = {
         "comfy.patcher_extension:WrapperExecutor": "__call__() class_obj",
         "comfy.model_base:BaseModel": "diffusion_model model_config model_sampling latent_format manual_cast_dtype "
         "get_dtype()",
+        "comfy.model_base": "SDXL",
         "comfy.latent_formats:LatentFormat": "latent_channels",
         "comfy.model_sampling:ModelSamplingDiscrete": "sigmas",
         "comfy.model_sampling:EPS": "calculate_denoised()",
@@ -35,6 +37,8 @@ NEEDS = {
     },
     # the weights that are run, LoRAs merged
     "weights": {"comfy.lora": "calculate_weight(patches, weight, key)"},
+    # weights whose queries are low-rank changes
+    "low-rank weights": {"comfy.lora": "load_lora(lora, to_load)"},
     # DDIM in both directions, with previews and Cancel
     "sampling": {
         "comfy.samplers:CFGGuider": "__init__(model_patcher) set_conds(positive, negative) set_cfg(cfg) "
@@ -56,6 +60,10 @@ NEEDS = {
         "device, operations)",
         "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device)",
         "comfy.utils:ProgressBar": "__init__(total) update_absolute(value, total, preview)",
+        "comfy.sampler_helpers": "convert_cond(cond)",
+        "comfy.samplers": "encode_model_conds(model_function, conds, noise, device, prompt_type)",
+        "comfy.model_base:BaseModel": "extra_conds()",
+        "comfy.conds:CONDRegular": "cond",
         "latent_preview": "get_previewer(device, latent_format)",
         "latent_preview:LatentPreviewer": "decode_latent_to_preview(x0)",
         "latent_preview:Latent2RGBPreviewer": "__init__(latent_rgb_factors, latent_rgb_factors_bias)",

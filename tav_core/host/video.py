@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..method.attention import PAPERS, SparseCausal, wide_heads
-from ..method.inflation import TemporalLayers, UNetParts, inflated, is_inflated
+from ..method.inflation import LIGHT, PAPER, TemporalLayers, UNetParts, inflated, is_inflated
+from ..method.low_rank import pairs
 from ..method.tuning import PredictionType
 from ..method.windows import WHOLE, Windows, blended
 from .build import heads_of
@@ -23,6 +24,7 @@ from .comfyui import (
     ModelPatcher,
     UNetModel,
     comfy,
+    config_of,
     latents_of,
     model_sigmas,
     others_on,
@@ -44,6 +46,7 @@ class Inflation:
         frames: length of the clip that it was tuned on; None before tuning.
         windows: how a clip is cut.
         attends: see `attention`.
+        layers: see `inflation`.
     """
 
     temporal: TemporalLayers
@@ -51,6 +54,7 @@ class Inflation:
     frames: int | None = None
     windows: Windows = WHOLE
     attends: str = PAPERS
+    layers: str = PAPER
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class Video:
     def text_width(self) -> int:
         return next(iter(self.parts.blocks.values())).attn2.to_k.in_features
 
+    @property
+    def vector_width(self) -> int:
+        """Of what SDXL reads beside the text (`vector_of`); 0 where the model reads no such thing."""
+        return 0 if self.unet.num_classes is None else config_of(self.patcher)["adm_in_channels"]
+
     def latents(self, samples: Tensor) -> Tensor:
         """LATENT samples in the scale of the model."""
         return latents_of(self.patcher, samples)
@@ -108,21 +117,26 @@ def inflation_of(model: ModelPatcher) -> Inflation:
     return inflation
 
 
-def inflate(model: ModelPatcher, group_norm: str, windows: Windows = WHOLE, attends: str = PAPERS) -> ModelPatcher:
+def inflate(
+    model: ModelPatcher, group_norm: str, windows: Windows = WHOLE, attends: str = PAPERS, layers: str = "auto"
+) -> ModelPatcher:
     """A clone of `model` whose UNet treats its batch as the frames of a video.
 
     Untuned, it differs from the image model by the frames that each one `attends` to and by `group_norm` only. A clip
-    longer than a window is computed in `windows`.
+    longer than a window is computed in `windows`. With `layers` "auto", SDXL is light: of its deep transformers the
+    paper's choice would train 614 million parameters.
 
-    Raises ValueError for a model that is no SD1.x or SD2.x UNet, or is inflated already.
+    Raises ValueError for a model that is no UNet of Stable Diffusion 1.x, 2.x or XL, or is inflated already.
     """
     unet = unet_of(model)
     prediction_type_of(model)
     if KEY in model.attachments:
         raise ValueError("this MODEL is inflated already: connect the checkpoint's own MODEL to Inflate UNet.")
-    temporal = TemporalLayers(parts_of(unet))
+    if layers == "auto":
+        layers = PAPER if unet.num_classes is None else LIGHT
+    temporal = TemporalLayers(parts_of(unet), layers=layers)
     temporal.reset()
-    return with_inflation(model, Inflation(temporal, group_norm, windows=windows, attends=attends))
+    return with_inflation(model, Inflation(temporal, group_norm, windows=windows, attends=attends, layers=layers))
 
 
 def with_inflation(model: ModelPatcher, inflation: Inflation) -> ModelPatcher:
@@ -294,8 +308,9 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
             )
 
     with ExitStack() as undo:
-        for block in parts_of(guider.model_patcher.model.diffusion_model).blocks.values():
-            undo.callback(block.register_forward_pre_hook(check).remove)
+        blocks = parts_of(guider.model_patcher.model.diffusion_model).blocks
+        for name in inflation_of(guider.model_patcher).temporal.names:
+            undo.callback(blocks[name].register_forward_pre_hook(check).remove)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     if not calls and len(sigmas) > 1:
         raise ValueError(
@@ -326,6 +341,14 @@ def add_tune(model: ModelPatcher, queries: Mapping[str, Tensor], strength: float
     model.add_patches({f"{UNET}{name}": ("diff", (delta, mark)) for name, delta in queries.items()}, strength)
 
 
+def add_low_rank_tune(model: ModelPatcher, queries: Mapping[str, Tensor], strength: float) -> None:
+    """The same of low-rank changes, as the host's LoRA patches."""
+    patches = comfy.lora.load_lora(dict(queries), {layer: f"{UNET}{layer}.weight" for layer in pairs(queries)})
+    for patch in patches.values():
+        setattr(patch, KEY, True)
+    model.add_patches(patches, strength)
+
+
 def refuse_merged_tunes(model: ModelPatcher) -> None:
     """Raises ValueError for an inflated MODEL that was merged with a tuned one: of that only the queries came along."""
 
@@ -334,6 +357,8 @@ def refuse_merged_tunes(model: ModelPatcher) -> None:
         match patch:
             case Tensor() as change, {"tune_a_video": _}:
                 yield id(change)
+            case object(tune_a_video=True):
+                yield id(patch)
             case list() | tuple():
                 for part in patch:
                     yield from changes(part)

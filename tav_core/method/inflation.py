@@ -4,7 +4,7 @@ All of it is hooks on the UNet's own modules and around their `forward`, so no m
 changes:
 
 - `attn1.to_k`, `attn1.to_v`: their outputs are regrouped for sparse-causal attention;
-- each transformer block: its output goes through temporal attention;
+- each transformer block, or each transformer's last: its output goes through temporal attention;
 - each block's feed-forward takes its frames in parts while sampling, for its inner width is the largest there is;
 - the group norms of the resnets and of the output (`group_norm="video"`): statistics over all frames of a
   video, as in the reference, whose 5-D tensors are normalised at once; the transformers' entry norms stay per
@@ -37,6 +37,7 @@ class UNetParts:
         video_norms: the group norms that the reference computes over a whole video.
         stages: the residual blocks and transformers, in which almost all activations live; gradient
             checkpointing works on these.
+        last: names of the blocks that are the last of their transformer.
         decoder: names of the blocks in the UNet's second half.
         layout: the residual block of the decoder whose output holds the layout of the picture.
     """
@@ -44,12 +45,20 @@ class UNetParts:
     blocks: Mapping[str, Any]
     video_norms: list[Any]
     stages: list[Any]
+    last: frozenset[str]
     decoder: frozenset[str]
     layout: Any
 
 
+# What is tuned: the paper's choice, or less. A temporal attention for each block, or for each transformer, which may
+# have ten blocks; the queries whole, or changed at low rank (`low_rank`).
+Layers = Literal["paper", "light"]
+LAYERS: tuple[str, ...] = get_args(Layers)
+PAPER, LIGHT = LAYERS
+
+
 class TemporalLayers(nn.Module):
-    """One `TemporalAttention` for each transformer block, under the block's name.
+    """One `TemporalAttention` for each transformer block, or with `LIGHT` for each transformer's last, under its name.
 
     Its parameters go by their published names, after the host's names of the blocks:
     `input_blocks.1.1.transformer_blocks.0.attn_temp.to_q.weight`.
@@ -57,14 +66,15 @@ class TemporalLayers(nn.Module):
 
     layers: Any  # torch does not say what a ModuleList holds
 
-    def __init__(self, parts: UNetParts, device: torch.device | str = "cpu"):
+    def __init__(self, parts: UNetParts, device: torch.device | str = "cpu", layers: str = PAPER):
         super().__init__()
-        self.names = list(parts.blocks)
+        blocks = {name: block for name, block in parts.blocks.items() if layers == PAPER or name in parts.last}
+        self.names = list(blocks)
         # Built without weights (call `reset` or `assign`): torch's own initialisation would draw from the global
         # random state, on which other nodes of the graph depend.
         with torch.device("meta"):
             self.layers = nn.ModuleList(
-                TemporalAttention(block.norm1.normalized_shape[0], block.n_heads) for block in parts.blocks.values()
+                TemporalAttention(block.norm1.normalized_shape[0], block.n_heads) for block in blocks.values()
             )
         self.to_empty(device=device)
 
@@ -112,7 +122,7 @@ class _Temporal:
 
 
 def is_inflated(block: Any) -> bool:
-    """Whether a transformer block is part of a video UNet just now."""
+    """Whether a transformer block that has temporal attention in a video UNet is part of one just now."""
     return any(isinstance(hook, _Temporal) for hook in block._forward_hooks.values())
 
 
@@ -172,12 +182,13 @@ def attach(
             )
         return projected
 
-    for block, layer in zip(parts.blocks.values(), temporal.layers, strict=True):
+    for name, layer in zip(temporal.names, temporal.layers, strict=True):
+        hook(parts.blocks[name].register_forward_hook(_Temporal(layer, frames)))
+    for block in parts.blocks.values():
         attn1 = block.attn1
         hook(attn1.to_q.register_forward_hook(lambda _m, _a, q: whole(q)))
         hook(attn1.to_k.register_forward_hook(lambda _m, _a, k: attention.keys(whole(k))))
         hook(attn1.to_v.register_forward_hook(lambda _m, _a, v: attention.values(whole(v))))
-        hook(block.register_forward_hook(_Temporal(layer, frames)))
         if frames > 1:
             hook(_Replaced(block.ff, _in_parts(block.ff.forward)))
 

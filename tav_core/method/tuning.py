@@ -1,7 +1,7 @@
 """One-shot tuning (arXiv 2212.11565, section 3.3; reference: train_tuneavideo.py).
 
 Only the queries of both attentions and the temporal attention train, on one clip, against the usual denoising
-loss. What predicts is a callable: nothing here knows a host.
+loss (with `inflation.LIGHT`, low-rank changes of the queries). What predicts is a callable: nothing here knows a host.
 """
 
 import math
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inflation import PAPER
+from .low_rank import DOWN, UP
 from .replay import Replayed
 from .windows import WHOLE, Windows
 
@@ -56,9 +58,15 @@ class Step:
     grad_norm: float
 
 
-def trains(name: str) -> bool:
-    """Whether the UNet or temporal parameter of this name trains. `norm_temp` stays frozen, as in the reference."""
-    return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight")) or ".attn_temp." in name
+QUERIES = (".attn1.to_q.weight", ".attn2.to_q.weight")
+
+
+def trains(name: str, layers: str = PAPER) -> bool:
+    """Whether the parameter of this name trains: of the UNet, temporal, or of a low-rank change.
+
+    `norm_temp` stays frozen, as in the reference.
+    """
+    return name.endswith(QUERIES if layers == PAPER else (DOWN, UP)) or ".attn_temp." in name
 
 
 class Draw(NamedTuple):

@@ -38,6 +38,11 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
     for name, video in videos.items():
         if video.ndim != 4 or 0 in video.shape or video.shape[3] not in (1, 3, 4) or not video.is_floating_point():
             raise ValueError(f"{name} has no frames: connect images, such as those of VAE Decode or Prepare Clip.")
+        if not video.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite pixels: a VAE makes them in fp16. Start ComfyUI with --bf16-vae or "
+                "--fp32-vae."
+            )
     clips = list(videos.values())
     height = clips[0].shape[1]
     own_widths = [max(round(clip.shape[2] * height / clip.shape[1]), 1) for clip in clips]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from .. import host
-from ..method.inflation import TemporalLayers
+from ..method import low_rank
+from ..method.inflation import PAPER, TemporalLayers
 from ..method.tuning import trains
 from ..method.windows import Windows
 from ..store.weights import TunedWeights
@@ -29,27 +30,33 @@ def apply_weights(
 
     Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
-    temporal = TemporalLayers(host.parts_of(host.unet_of(model)))
+    temporal = TemporalLayers(host.parts_of(host.unet_of(model)), layers=weights.layers)
     temporal.assign(weights.temporal)
     shapes = host.shapes_of(model)
     wanted = {name for name in shapes if trains(name)}
-    if missing := wanted - weights.queries.keys():
+    if weights.layers == PAPER:
+        changes = {name: delta.shape for name, delta in weights.queries.items()}
+    else:
+        halves = low_rank.pairs(weights.queries)
+        changes = {f"{name}.weight": (up.shape[0], down.shape[1]) for name, (up, down) in halves.items()}
+    if missing := wanted - changes.keys():
         raise ValueError(
             f"{len(missing)} of the {len(wanted)} tuned queries of this MODEL are not in these weights, the first is "
             f"{min(missing)}: save them again, or use weights that were tuned on this model's family."
         )
-    if wrong := [name for name, delta in weights.queries.items() if shapes.get(name) != delta.shape]:
+    if wrong := [name for name, shape in changes.items() if shapes.get(name) != shape]:
         raise ValueError(
-            f"{len(wrong)} of {len(weights.queries)} tuned queries do not fit this MODEL, the first is {min(wrong)}. "
+            f"{len(wrong)} of {len(changes)} tuned queries do not fit this MODEL, the first is {min(wrong)}. "
             "Use weights that were tuned on this model's family."
         )
     for layer in temporal.layers:
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
     cut = weights.windows if windows is None else windows
-    inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends)
+    inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends, weights.layers)
     tuned = host.with_inflation(model, inflation)
-    host.add_tune(tuned, weights.queries, content)
+    add = host.add_tune if weights.layers == PAPER else host.add_low_rank_tune
+    add(tuned, weights.queries, content)
     return tuned
 
 

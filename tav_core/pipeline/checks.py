@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import host
 
-# Options of a CONDITIONING that a UNet of Stable Diffusion 1.x and 2.x does not read, and values at which others change
-# nothing.
-UNREAD = {"pooled_output", "uuid"}
+# Options of a CONDITIONING that a tune honours, or that the UNet does not read; those that SDXL reads; and values at
+# which others change nothing.
+HONOURED = {"pooled_output", "uuid"}
+SIZES = {"width", "height", "crop_w", "crop_h", "target_width", "target_height"}
 NEUTRAL = {"strength": 1, "start_percent": 0, "end_percent": 1, "clip_start_percent": 0, "clip_end_percent": 1}
 
 
@@ -51,8 +52,9 @@ def check_inputs(
         )
     if not torch.isfinite(samples).all():
         raise ValueError(
-            "the latents hold NaN or infinite values: check the node that they come from (a VAE makes them in fp16: "
-            "run ComfyUI with --fp32-vae) and the frames."
+            "the latents hold NaN or infinite values: a VAE makes them in fp16, SDXL's own above all. Start ComfyUI "
+            "with --bf16-vae or --fp32-vae, or load a VAE that is made for fp16 (sdxl-vae-fp16-fix); else check the "
+            "frames."
         )
     host.refuse_merged_tunes(model)
     _check_mask(latent.get("noise_mask"), frames, sides)
@@ -62,7 +64,7 @@ def check_inputs(
             "it was tuned on, or tune on this one."
         )
     for name, conditioning in prompts.items():
-        _check_conditioning(name, conditioning, video.text_width, frames)
+        _check_conditioning(name, conditioning, video, samples)
     return video, samples
 
 
@@ -83,9 +85,10 @@ def _check_mask(mask: Tensor | None, frames: int, sides: Sequence[int]) -> None:
         )
 
 
-def _check_conditioning(name: str, conditioning: host.Conditioning, width: int, frames: int) -> None:
+def _check_conditioning(name: str, conditioning: host.Conditioning, video: host.Video, samples: Tensor) -> None:
     if not conditioning:
         raise ValueError(f"{name} is empty: connect a CLIP Text Encode node.")
+    width, frames = video.text_width, len(samples)
     for entry in conditioning:
         if entry[0].ndim != 3 or not entry[0].shape[1]:
             raise ValueError(
@@ -101,16 +104,35 @@ def _check_conditioning(name: str, conditioning: host.Conditioning, width: int, 
             raise ValueError(
                 f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
             )
+        if video.vector_width:
+            _check_vector(name, entry, video, samples)
 
 
-def check_caption(caption: host.Conditioning) -> None:
-    """Whether a tune can use all of the caption. Raises ValueError naming what it cannot."""
+def _check_vector(name: str, entry: list[Any], video: host.Video, samples: Tensor) -> None:
+    pooled = entry[1].get("pooled_output")
+    fits = pooled is not None and pooled.ndim == 2 and len(pooled) in (1, len(samples))
+    vector = host.vector_of(video.patcher, [entry], samples) if fits else None
+    if vector is None or vector.shape[1] != video.vector_width:
+        found = "has none" if pooled is None else f"has one of shape {tuple(pooled.shape)}"
+        raise ValueError(
+            f"{name} must come with the text's pooled output that this MODEL reads, and {found}: encode it with CLIP "
+            "Text Encode and the CLIP of the same checkpoint."
+        )
+
+
+def check_caption(caption: host.Conditioning, sizes: bool) -> None:
+    """Whether a tune can use all of the caption. Raises ValueError naming what it cannot.
+
+    Args:
+        sizes: whether the model reads them.
+    """
     if len(caption) != 1:
         raise ValueError(f"caption combines {len(caption)} prompts; tuning needs exactly one that describes the clip.")
+    honoured = HONOURED | SIZES if sizes else HONOURED
     lost = [
         name
         for name, value in caption[0][1].items()
-        if not (name in UNREAD or value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]))
+        if not (name in honoured or value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]))
     ]
     if lost:
         raise ValueError(

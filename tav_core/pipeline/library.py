@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import host
+from ..method import low_rank
 from ..method.attention import PAPERS
-from ..method.inflation import TemporalLayers
+from ..method.inflation import LIGHT, PAPER, TemporalLayers
 from ..store import files, published
 from ..store.weights import TunedWeights, load_file, save_file
+from ..store.weights import save_lora as save_lora_file
 from .apply import apply_weights, check_base
 
 log = logging.getLogger(__name__)
@@ -71,11 +75,27 @@ def save_weights(weights: TunedWeights, prefix: str, precision: str) -> str:
 
     Raises ValueError and OSError as `save_file` and `files.write_new` do.
     """
-    return _write_new(weights, prefix, ".safetensors", lambda path: save_file(weights, path, precision))
+    write = partial(save_file, weights, precision=precision)
+    return _write_new(weights_folder(), weights, prefix, ".safetensors", write)
 
 
-def _write_new(weights: TunedWeights, prefix: str, ending: str, write: Callable[[Path], object]) -> str:
-    folder = weights_folder()
+def save_lora(weights: TunedWeights, prefix: str, precision: str) -> str:
+    """Write the queries of light weights as a new LoRA file; its name, as Load LoRA lists it.
+
+    Raises ValueError for other weights, ValueError and OSError as `save_weights` does.
+    """
+    if weights.layers != LIGHT:
+        raise ValueError(
+            "only weights of light layers have a LoRA in them, these hold whole queries: set lora off, or tune with "
+            "layers light in Inflate UNet."
+        )
+    write = partial(save_lora_file, weights, precision=precision)
+    name = _write_new(host.lora_folder(), weights, prefix, ".safetensors", write)
+    log.info("Tune-A-Video: the queries are saved as the LoRA %s", name)
+    return name
+
+
+def _write_new(folder: Path, weights: TunedWeights, prefix: str, ending: str, write: Callable[[Path], object]) -> str:
     size = dict(zip(("width", "height"), weights.size, strict=True)) if weights.size else {}
     return files.write_new(folder, files.filled(prefix, **size), ending, write).relative_to(folder).as_posix()
 
@@ -129,7 +149,7 @@ def save_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str)
         check_base(model, weights)
         write_published(model, weights, folder)
 
-    name = _write_new(weights, prefix, "", write)
+    name = _write_new(weights_folder(), weights, prefix, "", write)
     if not published.regular(host.config_of(model)):
         log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
     if weights.attends != PAPERS:
@@ -142,8 +162,16 @@ def save_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str)
 def write_published(model: host.ModelPatcher, weights: TunedWeights, folder: Path) -> None:
     """Write a base with its weights, in float32, into a folder anywhere. Raises ValueError as `save_published`."""
     apply_weights(model, weights)  # for its checks of names and shapes
+    parts = host.parts_of(host.unet_of(model))
+    if weights.layers == LIGHT:
+        if parts.last != parts.blocks.keys():
+            raise ValueError(
+                "these weights have one temporal attention a transformer, published models one a block: tune with "
+                "layers paper in Inflate UNet."
+            )
+        weights = replace(weights, queries=low_rank.whole(weights.queries), layers=PAPER)
     names = host.own_names(model)
-    heads = host.heads_of(host.parts_of(host.unet_of(model)))
+    heads = host.heads_of(parts)
     config = published.from_unet_config(host.config_of(model), heads, names)
     tensors = published.from_weights(weights, names, host.effective_weights(model, torch.device("cpu")))
     published.to_disk(folder, config, tensors)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import host
 from ..method import memory
 from ..method.attention import sdpa, wide_heads
-from ..method.inflation import TemporalLayers, attach, checkpoint_stages
+from ..method.inflation import LIGHT, TemporalLayers, attach, checkpoint_stages
+from ..method.low_rank import LowRankQueries
 from ..method.norms import MixedGroupNorm, MixedLayerNorm
 from ..method.tuning import trains
 
@@ -59,9 +60,18 @@ class TrainingUNet:
         recompute: in the backward pass (`inflation.checkpoint_stages`).
         context: the text, [1 or f, tokens, width]; None leaves the network without values, on the meta device, for
             `memory.estimate`, until `fix_text`.
+        vector: what SDXL reads beside the text (`host.vector_of`).
     """
 
-    def __init__(self, video: host.Video, frames: int, precision: str, recompute: str, context: Tensor | None):
+    def __init__(
+        self,
+        video: host.Video,
+        frames: int,
+        precision: str,
+        recompute: str,
+        context: Tensor | None,
+        vector: Tensor | None = None,
+    ):
         model, blank = video.patcher, context is None
         self.device = torch.device("cpu") if blank else video.device
         mixed = precision == "bf16"
@@ -75,8 +85,12 @@ class TrainingUNet:
         plain = (self.unet.float() if blank else self.unet).state_dict()
         # A quantised MODEL has scales beside its weights; they are applied to those by then.
         source = plain.items() if blank else host.effective_weights(model, self.device, plain.__contains__)
+        inflation = video.inflation
+        layers = inflation.layers
         # Norms and biases stay in float32 too: not every device normalises in mixed precision.
-        weights = {name: weight if trains(name) or weight.ndim == 1 else weight.to(frozen) for name, weight in source}
+        weights = {
+            name: weight if trains(name, layers) or weight.ndim == 1 else weight.to(frozen) for name, weight in source
+        }
         self.unet.load_state_dict(weights, strict=True, assign=True)
         self.unet.requires_grad_(False).eval()
         parts = host.parts_of(self.unet)
@@ -84,22 +98,36 @@ class TrainingUNet:
         for name, heads in video.heads.items():
             host.set_heads(parts.blocks[name], heads)
 
-        self.temporal = TemporalLayers(parts, device="meta" if blank else self.device)
+        where = "meta" if blank else self.device
+        self.low_rank = LowRankQueries(parts, where) if layers == LIGHT else None
+        self.temporal = TemporalLayers(parts, where, layers)
         if not blank:
-            self.temporal.assign(video.inflation.temporal.named())
+            self.temporal.assign(inflation.temporal.named())
         self.temporal.requires_grad_(False).eval()
         # It lives for one tune, so its hooks stay: a recomputation in the backward pass needs them too.
-        inflation = video.inflation
         attention = attach(parts, self.temporal, 1, frames, inflation.group_norm, ExitStack(), inflation.attends)
         self.attend = partial(attention.attend, wide_heads(sdpa) if video.device.type == "cpu" else sdpa)
         checkpoint_stages(parts, recompute)
 
         named = {**dict(self.unet.named_parameters()), **self.temporal.named()}
-        self.trainable = {name: parameter for name, parameter in named.items() if trains(name)}
+        if self.low_rank is not None:
+            named |= self.low_rank.named()
+        self.trainable = {name: parameter for name, parameter in named.items() if trains(name, layers)}
         for parameter in self.trainable.values():
             parameter.requires_grad_()
+        self.vector = vector
         if context is not None:
             self.fix_text(context)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that holds parameters."""
+        return [self.unet, self.temporal, *([self.low_rank] if self.low_rank is not None else [])]
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Give what begins anew in each tune its first values."""
+        if self.low_rank is not None:
+            self.low_rank.reset(generator)
 
     def fix_text(self, context: Tensor) -> None:
         """Compute the text's keys and values once, for all steps, and let go of the weights that make them."""
@@ -118,7 +146,8 @@ class TrainingUNet:
         with self.autocast():
             t = timestep.float().expand(latents.shape[0])
             text = self.context.expand(latents.shape[0], -1, -1)
-            return self.unet(latents, t, context=text, transformer_options=options)
+            vector = None if self.vector is None else self.vector.expand(latents.shape[0], -1)
+            return self.unet(latents, t, context=text, y=vector, transformer_options=options)
 
 
 def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: str, recompute: str) -> memory.Estimate:
@@ -127,7 +156,8 @@ def estimate_step(video: host.Video, shape: torch.Size, tokens: int, precision: 
 
     def loss() -> Tensor:
         network.fix_text(torch.empty(1, tokens, video.text_width))
+        network.vector = torch.empty(1, video.vector_width) if video.vector_width else None
         return network(torch.empty(shape), torch.empty(())).float().square().mean()
 
     with torch.inference_mode(False), torch.enable_grad():
-        return memory.estimate([network.unet, network.temporal], loss, video.device.type == "cuda")
+        return memory.estimate(network.modules, loss, video.device.type == "cuda")

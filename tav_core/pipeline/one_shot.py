@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import host
 from ..method.attention import PAPERS
-from ..method.inflation import RECOMPUTE
+from ..method.inflation import PAPER, RECOMPUTE
+from ..method.low_rank import DOWN, RANK, UP
 from ..method.memory import MEMORY, Estimate, plan
 from ..method.tuning import (
     METHOD_VERSION,
@@ -124,7 +125,7 @@ def one_shot_tune(
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
     video, samples = check_inputs(model, latent, min_frames=2, **prompts)
-    check_caption(caption)
+    check_caption(caption, sizes=video.vector_width > 0)
     if memory not in (*MEMORY, *RECOMPUTE):
         raise ValueError(f"memory is {memory[:20]!r}; it must be one of {', '.join(MEMORY)}.")
     if unused := host.unused_in_training(model):
@@ -134,7 +135,7 @@ def one_shot_tune(
     windows, frames = video.inflation.windows, len(samples)
     if windows.at_once(frames) == frames < windows.frames:
         tell(f"the window of {windows.frames} frames is not used: the clip has {frames}")
-    elif windows.at_once(frames) < frames and caption[0][0].shape[0] > 1:
+    elif windows.at_once(frames) < frames and _prompts_in(caption) > 1:
         raise ValueError(
             "caption has one prompt for each frame, which a tune in windows cannot use. Connect CLIP Text Encode "
             "directly, or set window to 0 in Inflate UNet."
@@ -145,6 +146,9 @@ def one_shot_tune(
     with torch.inference_mode(False), torch.enable_grad():
         latents = video.latents(samples.detach().clone()).to(video.device, torch.float32)
         context = caption[0][0].detach().clone().to(video.device, torch.float32)
+        vector = host.vector_of(model, caption, latents)
+        if vector is not None:
+            vector = vector.detach().clone().to(video.device, torch.float32)
         identity = host.fingerprint(model)
 
         def signed(weights: TunedWeights, date: str) -> TunedWeights:
@@ -159,7 +163,7 @@ def one_shot_tune(
 
         run = saved = None
         if saving is not None:
-            key = _run_key(video, identity, latents, context, recipe, precision)
+            key = _run_key(video, identity, latents, context, vector, recipe, precision)
             run = runs.Run(saving.folder, key, recipe.steps)
             earlier = 0 < saving.use < recipe.steps and not saving.restart
             if earlier and (kept := run.at(saving.use)):
@@ -178,7 +182,9 @@ def one_shot_tune(
         host.unload(video.device)
         recompute = memory if memory in RECOMPUTE else _plan(video, latents.shape, context.shape[1], precision, memory)
         saving = saving or Saving(runs_folder(), recipe.steps)  # where there is no run, nothing is saved
-        tune = _Tune(video, latent, latents, context, recipe, precision, draws, run, saving, validation, on_step, tell)
+        tune = _Tune(
+            video, latent, latents, context, vector, recipe, precision, draws, run, saving, validation, on_step, tell
+        )
         for attempted in dict.fromkeys((recompute, "all")):
             weights = None
             with host.surviving_out_of_memory():
@@ -197,6 +203,11 @@ def one_shot_tune(
             "the device ran out of memory even with memory low. Use fewer frames or a smaller size, or "
             "close what else uses the device; the same graph then runs as usual."
         )
+
+
+def _prompts_in(caption: host.Conditioning) -> int:
+    text, options = caption[0]
+    return max(len(part) for part in (text, options.get("pooled_output")) if part is not None)
 
 
 def _check_use(saving: Saving, steps: int, done: int) -> None:
@@ -222,7 +233,7 @@ class _Tune:
     """One call of `one_shot_tune`: what stays the same if it is tried again with less memory.
 
     Attributes:
-        latents, context: in the model's space, float32.
+        latents, context, vector: in the model's space, float32.
         run: where the state is saved as `saving` says; None saves nothing.
         saved, last_save: the step whose state this tune has on disk, and the last one that should be.
         date: of the state of `last_save`, where it was saved.
@@ -233,6 +244,7 @@ class _Tune:
     latent: Mapping[str, Any]
     latents: Tensor
     context: Tensor
+    vector: Tensor | None
     recipe: Recipe
     precision: str
     draws: Callable[[], Iterator[Draw]] | None
@@ -251,8 +263,9 @@ class _Tune:
         self.saved = self.last_save = len(reports_of(state)) if state else 0
         windows, sigmas = self.video.inflation.windows, self.video.sigmas
         frames = windows.at_once(len(self.latents))
-        network = TrainingUNet(self.video, frames, self.precision, recompute, self.context)
+        network = TrainingUNet(self.video, frames, self.precision, recompute, self.context, self.vector)
         own = Draws(self.latents.shape, len(sigmas), self.recipe.seed, windows)
+        network.reset(own.generator)
         draws = own if self.draws is None else self.draws()
         training = Training(network.trainable, self.recipe, draws)
         if state is not None:
@@ -340,7 +353,10 @@ def _sample_edit(
         tuned = apply_weights(model, weights)
         negative = validation.negative
         if negative is None:
-            negative = [[torch.zeros_like(validation.positive[0][0]), {}]]
+            text, options = validation.positive[0]
+            pooled = options.get("pooled_output")
+            nothing = {} if pooled is None else {"pooled_output": torch.zeros_like(pooled)}
+            negative = [[torch.zeros_like(text), nothing]]
 
         def silent(*_args: Any) -> None: ...
 
@@ -371,15 +387,25 @@ def _plan(video: host.Video, shape: torch.Size, tokens: int, precision: str, mod
         return "nothing" if mode == "fast" else "all"
 
 
-def _run_key(video: host.Video, identity: str, latents: Tensor, context: Tensor, recipe: Recipe, precision: str) -> str:
+def _run_key(
+    video: host.Video,
+    identity: str,
+    latents: Tensor,
+    context: Tensor,
+    vector: Tensor | None,
+    recipe: Recipe,
+    precision: str,
+) -> str:
     """What determines a tune's result beside its number of steps, as a digest.
 
     What is recomputed is left out: the result is the same.
     """
-    windows, attends = video.inflation.windows, video.inflation.attends
+    windows, attends, layers = video.inflation.windows, video.inflation.attends, video.inflation.layers
     return digest(
         {
             **({} if attends == PAPERS else {"attends": attends}),  # states saved before there was a choice stay found
+            **({} if layers == PAPER else {"layers": layers, "rank": RANK}),
+            **({} if vector is None else {"vector": vector}),
             "method": METHOD_VERSION,
             "model": identity,
             "config": repr(sorted(host.config_of(video.patcher).items())),
@@ -409,20 +435,27 @@ def _result(
             f"{names[0]} became NaN or infinite by step {len(reports)}, so there is no result. Lower learning_rate, or "
             "set precision to fp32."
         )
-    base = host.effective_weights(video.patcher, video.device, trains)
+    layers = video.inflation.layers
+    if layers == PAPER:
+        base = host.effective_weights(video.patcher, video.device, trains)
+        queries = {name: difference(trained[name].to(old), old).cpu() for name, old in base}
+    else:
+        queries = {name: _own(tensor) for name, tensor in trained.items() if name.endswith((DOWN, UP))}
     frames, _channels, height, width = shape
     return TunedWeights(
-        queries={name: difference(trained[name].to(old), old).cpu() for name, old in base},
-        temporal={
-            name: trained.get(name, tensor).detach().to("cpu", torch.float32, copy=True)
-            for name, tensor in video.inflation.temporal.named().items()
-        },
+        queries=queries,
+        temporal={name: _own(trained.get(name, tensor)) for name, tensor in video.inflation.temporal.named().items()},
         frames=frames,
         group_norm=video.inflation.group_norm,
         windows=video.inflation.windows,
         attends=video.inflation.attends,
+        layers=layers,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
         recipe=recipe,
     )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -99,7 +99,10 @@ def _checked(name: str, pictures: Tensor) -> Tensor:
             f"frames and {LEAST} pixels or more is needed."
         )
     if not pictures.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite pixels: see what made it, mostly a VAE in half precision.")
+        raise ValueError(
+            f"{name} holds NaN or infinite pixels: a VAE makes them in fp16. Start ComfyUI with --bf16-vae or "
+            "--fp32-vae."
+        )
     return pictures[..., :3].to("cpu", torch.float32).clamp(0, 1)
 
 

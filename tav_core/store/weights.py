@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..method.attention import ATTENDS, PAPERS
-from ..method.inflation import GROUP_NORM_MODES
+from ..method.inflation import GROUP_NORM_MODES, LAYERS, PAPER
+from ..method.low_rank import DOWN, UP, pairs
 from ..method.tuning import Recipe
 from ..method.windows import WHOLE, Windows
 from .files import read_safetensors, write_safetensors
@@ -30,7 +31,7 @@ class TunedWeights:
     """Float32 tensors on the CPU, by the host's names of the UNet's modules, and where they come from.
 
     Attributes:
-        queries: change of `attn1.to_q` and `attn2.to_q`, to be added to the base model's weights.
+        queries: change of `attn1.to_q` and `attn2.to_q`, to be added to the base model's weights, whole or at low rank.
         temporal: the temporal layers, as they are (`TemporalLayers.named`).
         frames: length of the clip; None when unknown.
         group_norm: the group norm mode that it was tuned with.
@@ -44,6 +45,7 @@ class TunedWeights:
         recipe: None when unknown.
         date: when the tune ended, UTC, ISO 8601.
         attends: the frames that each frame attended to (`attention.ATTENDS`).
+        layers: what was tuned (`inflation.LAYERS`).
     """
 
     queries: dict[str, Tensor]
@@ -60,6 +62,7 @@ class TunedWeights:
     date: str = ""
     windows: Windows = WHOLE
     attends: str = PAPERS
+    layers: str = PAPER
 
 
 def difference(target: Tensor, base: Tensor) -> Tensor:
@@ -80,15 +83,30 @@ def save_file(weights: TunedWeights, path: Path, precision: str) -> None:
 
     Raises ValueError when fp16 cannot hold a value, OSError when the disk cannot hold the file.
     """
-    tensors = {
-        f"{part}.{name}": tensor.to(PRECISIONS[precision])
-        for part in PARTS
-        for name, tensor in getattr(weights, part).items()
-    }
-    for name, tensor in tensors.items():
+    tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(weights, part).items()}
+    write_safetensors(path, _stored(tensors, precision), to_metadata(weights))
+
+
+def save_lora(weights: TunedWeights, path: Path, precision: str) -> None:
+    """Write the queries' low-rank changes as an ordinary LoRA file, in the names of SDXL's (of its UNet's modules).
+
+    Raises ValueError as `save_file`.
+    """
+    tensors = {}
+    for layer, (up, down) in pairs(weights.queries).items():
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        alpha = torch.tensor(float(len(down)))  # of as much as the rank, up @ down is added as it is
+        tensors |= {f"{name}{UP}": up, f"{name}{DOWN}": down, f"{name}.alpha": alpha}
+    about = {"ss_network_module": "networks.lora", "ss_training_comment": weights.caption}
+    write_safetensors(path, _stored(tensors, precision), about)
+
+
+def _stored(tensors: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    rounded = {name: tensor.to(PRECISIONS[precision]) for name, tensor in tensors.items()}
+    for name, tensor in rounded.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that {precision} cannot: save as fp32, or tune with a lower rate.")
-    write_safetensors(path, tensors, to_metadata(weights))
+    return rounded
 
 
 def load_file(path: Path) -> TunedWeights:
@@ -122,6 +140,8 @@ def load_file(path: Path) -> TunedWeights:
         raise ValueError(f"{path.name} has an unknown group norm {str(mode)[:20]!r}: update the Tune-A-Video pack.")
     if (mode := metadata.get("attends", PAPERS)) not in ATTENDS:
         raise ValueError(f"{path.name} attends to unknown frames {str(mode)[:20]!r}: update the Tune-A-Video pack.")
+    if (kind := metadata.get("layers", PAPER)) not in LAYERS:
+        raise ValueError(f"{path.name} holds unknown layers {str(kind)[:20]!r}: update the Tune-A-Video pack.")
     return TunedWeights(**parts, **from_metadata(metadata))
 
 
@@ -147,6 +167,8 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
     }
     if weights.attends != PAPERS:
         known |= {"attends": weights.attends}
+    if weights.layers != PAPER:
+        known |= {"layers": weights.layers}
     if weights.windows.frames:
         known |= {"window": weights.windows.frames, "overlap": weights.windows.overlap}
     return {key: "" if value is None else str(value) for key, value in known.items()}
@@ -171,7 +193,9 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     return {
         "frames": _count(text.get("frames", "")),
         "group_norm": metadata["group_norm"],
-        "attends": metadata.get("attends", PAPERS),  # files of before there was a choice do not say
+        # Files of before there was a choice do not say.
+        "attends": metadata.get("attends", PAPERS),
+        "layers": metadata.get("layers", PAPER),
         "losses": losses if isinstance(losses, list) and all(map(_is_number, losses)) else [],
         "base_family": text.get("base_family", ""),
         "base_fingerprint": text.get("base_fingerprint", ""),

@@ -1,4 +1,4 @@
-"""A checkpoint that the host takes for Stable Diffusion 1.5, of random weights, in a few MB."""
+"""Checkpoints that the host takes for Stable Diffusion 1.5 or XL, of random weights, in a few MB."""
 
 import math
 
@@ -6,7 +6,7 @@ import comfy.sd1_clip
 import torch
 from baseline import SD15
 from comfy.taesd.taesd import TAESD
-from small import meta_unet
+from small import FULL_XL, meta_unet
 from tune_a_video.tav_core.store import published
 
 # One level of the UNet's four: a tune of all takes gigabytes, which a machine may not have free.
@@ -21,7 +21,7 @@ STRIDE = 7  # from row to row: rows overlap, but none repeats another
 
 
 def write_checkpoint(path):
-    """Write it to `path`, a `.ckpt`: torch stores memory that tensors share once, and here all are views of a pool."""
+    """Write one of Stable Diffusion 1.5 to `path`, a `.ckpt`."""
     clip = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float32).transformer.state_dict()
     clip.pop("text_projection.weight")  # SD 1.x has none
     parts = {
@@ -29,6 +29,43 @@ def write_checkpoint(path):
         "cond_stage_model.transformer.": clip,
         "first_stage_model.": TAESD().state_dict(),
     }
+    _write(parts, path)
+
+
+def write_xl_checkpoint(path):
+    """Write one of Stable Diffusion XL, in full size, to `path`, a `.ckpt`."""
+    clip_l = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float32).transformer.state_dict()
+    clip_l.pop("text_projection.weight")
+    parts = {
+        "model.diffusion_model.": meta_unet(FULL_XL).state_dict(),
+        "conditioner.embedders.0.transformer.": clip_l,
+        "conditioner.embedders.1.model.": _open_clip(width=1280, layers=32),
+        "first_stage_model.": TAESD().state_dict(),
+    }
+    _write(parts, path)
+
+
+def _open_clip(width, layers):
+    """The text tower of a CLIP in OpenCLIP's names, as SDXL checkpoints have it."""
+    block = {
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+        **{f"ln_{number}.{kind}": (width,) for number in (1, 2) for kind in ("weight", "bias")},
+    }
+    shapes = {f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
+    shapes |= {"token_embedding.weight": (49408, width), "positional_embedding": (77, width)}
+    shapes |= {"text_projection": (width, width), "ln_final.weight": (width,), "ln_final.bias": (width,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _write(parts, path):
+    """Torch stores memory that tensors share once, and here all are views of a pool."""
     generator = torch.Generator().manual_seed(0)
     pools: dict[int, torch.Tensor] = {}
     ones, zeros = torch.ones(1 << 14), torch.zeros(1 << 14)
