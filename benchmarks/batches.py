@@ -67,11 +67,11 @@ class Worker:
             self.process.cpu_affinity([self.processor])
 
     def find(self, word: str) -> Any:
-        """Its process whose command has the word; None where there is none."""
+        """Its process that runs a program or module of this name; None where there is none."""
         with suppress(psutil.Error):
             for process in self.process.children(recursive=True):
                 with suppress(psutil.Error):
-                    if word in process.cmdline():
+                    if any(part.endswith(word) for part in process.cmdline()):
                         return process
         return None
 
