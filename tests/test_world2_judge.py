@@ -131,3 +131,10 @@ def test_a_model_starts_from_one_with_fewer_words(tmp_path):
     known = vocabulary.ids[car] == weights[model.IDS]
     assert torch.equal(rows[car], old[:-1][known][0]) and torch.equal(rows[-1], old[-1])
     assert torch.equal(rows[dancing], own[dancing])
+
+
+def test_what_was_begun_fits_the_networks():
+    weights = train.load_file(train.BEGUN)
+    networks.new_unet().load_state_dict(model.part(weights, model.UNET_PREFIX))
+    networks.new_vae().load_state_dict(model.part(weights, model.VAE_PREFIX))
+    assert len(weights[model.ROWS]) == len(weights[model.IDS]) + 1
