@@ -64,21 +64,28 @@ def test_its_gradient_is_that_of_a_tall_picture(kernels):
     assert torch.allclose(ours, plain)
 
 
-def test_it_is_taken_only_where_the_weights_are_as_they_are():
-    norm, x = nn.GroupNorm(4, 12), torch.randn(3, 12, 5, 7)
-    assert not norms.knows_videos(norm, x)  # a CPU has no such kernels
-    x = torch.randn(1, device="cuda") if torch.cuda.is_available() else FakeCuda()
+def test_it_is_taken_only_where_it_is_right():
+    norm, x = nn.GroupNorm(4, 12).requires_grad_(False), torch.randn(3, 12, 5, 7)
+    assert not norms.knows_videos(norm, x, 3)  # a CPU has no such kernels
+    x = x.cuda() if torch.cuda.is_available() else FakeCuda()
     norm = norm.to(x.device)
-    assert norms.knows_videos(norm, x)
+    assert norms.knows_videos(norm, x, 3)
+    assert not norms.knows_videos(norm, x, 1)  # three videos, of which a gradient may be wanted
+    with torch.no_grad():
+        assert norms.knows_videos(norm, x, 1)
     norm.weight_function = [lambda weight: weight]  # the host patches it as it calls the module
-    assert not norms.knows_videos(norm, x)
-    assert not norms.knows_videos(nn.GroupNorm(4, 12, device="meta"), x)
+    assert not norms.knows_videos(norm, x, 3)
+    assert not norms.knows_videos(nn.GroupNorm(4, 12).to(x.device), x, 3)  # its weights may be trained
+    assert not norms.knows_videos(nn.GroupNorm(4, 12, device="meta").requires_grad_(False), x, 3)
 
 
 class FakeCuda:
     """What `knows_videos` asks of a tensor on a GPU."""
 
     is_cuda, device, dtype = True, torch.device("cpu"), torch.float32
+
+    def __len__(self):
+        return 3
 
 
 def tuned(steps, replayed):

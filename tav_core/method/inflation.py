@@ -203,7 +203,7 @@ def _over_videos(norm: Any, frames: int) -> Callable[[Tensor], Tensor]:
     forward = norm.forward
 
     def run(x: Tensor) -> Tensor:
-        if knows_videos(norm, x):
+        if knows_videos(norm, x, frames):
             return video_group_norm(x, frames, norm)
         # Frames side by side make one tall picture: the module itself then normalises the whole video, with whatever
         # its host does about casting its weights.

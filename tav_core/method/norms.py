@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def knows_videos(norm: Any, x: Tensor) -> bool:
+def knows_videos(norm: Any, x: Tensor, frames: int) -> bool:
     """Whether `video_group_norm` can take the place of a module's own forward: on CUDA, with weights as they are.
 
-    Not where the host casts or patches them as it calls the module.
+    Not where the host casts or patches them as it calls the module, nor for a gradient of weights or of many videos.
     """
     weight = norm.weight
-    as_they_are = weight is not None and weight.device == x.device and weight.dtype in (x.dtype, torch.float32)
-    return x.is_cuda and as_they_are and not getattr(norm, "weight_function", None)
+    if not x.is_cuda or weight is None or getattr(norm, "weight_function", None):
+        return False
+    as_they_are = weight.device == x.device and weight.dtype in (x.dtype, torch.float32)
+    return as_they_are and not (torch.is_grad_enabled() and (weight.requires_grad or len(x) > frames))
 
 
 def video_group_norm(x: Tensor, frames: int, norm: Any) -> Tensor:
