@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -35,14 +36,18 @@ cross: {"the edit: what to see.text": [a dog, a cat, a bird], seed: [1, 2]}
 """
 
 
+def jobs_file(folder):
+    """Of two clips, three prompts and two seeds."""
+    (folder / "workflow.json").write_text(json.dumps(WORKFLOW), encoding="utf-8")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"clip {name}", encoding="utf-8")
+    (folder / "jobs.yaml").write_text(JOBS, encoding="utf-8")
+    return folder / "jobs.yaml"
+
+
 @pytest.fixture
 def file(tmp_path):
-    """A jobs file of two clips, three prompts and two seeds."""
-    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW), encoding="utf-8")
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"clip {name}", encoding="utf-8")
-    (tmp_path / "jobs.yaml").write_text(JOBS, encoding="utf-8")
-    return tmp_path / "jobs.yaml"
+    return jobs_file(tmp_path)
 
 
 def wrong(file, text=None):
@@ -325,12 +330,13 @@ def table(folder):
     return [{k: v for k, v in row.items() if k not in ("seconds", "worker", "attempt")} for row in rows]
 
 
-@pytest.fixture
-def undisturbed(file, monkeypatch, tmp_path):
-    """The results of a whole run."""
-    with fake() as address:
-        assert run_batch(monkeypatch, file, "--server", address, "--out", tmp_path / "whole") == 0
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The results of a whole run, to be looked at."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as monkeypatch, fake() as address:
+        assert run_batch(monkeypatch, jobs_file(folder), "--server", address, "--out", folder / "whole") == 0
+    return folder / "whole"
 
 
 def test_every_job_is_run_with_its_own_values_and_files(undisturbed):
@@ -345,13 +351,14 @@ def test_every_job_is_run_with_its_own_values_and_files(undisturbed):
     assert "12 done" in page and page.count("<tr>") == 13 and f'href="{rows[0]["outputs"]}"' in page
 
 
-def test_a_second_run_does_only_what_is_new(file, undisturbed, monkeypatch, capsys):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.txt")}
+def test_a_second_run_does_only_what_is_new(file, undisturbed, monkeypatch, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.txt")}
     write(file, JOBS.replace("[1, 2]", "[1, 2, 3]"))
     with fake() as address:
-        assert run_batch(monkeypatch, file, "--server", address, "--out", undisturbed) == 0
-    assert len(table(undisturbed)) == 18 and {row["state"] for row in table(undisturbed)} == {"done"}
-    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+        assert run_batch(monkeypatch, file, "--server", address, "--out", out) == 0
+    assert len(table(out)) == 18 and {row["state"] for row in table(out)} == {"done"}
+    assert len(before) >= 12 and all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
 def test_a_dry_run_prints_the_jobs_and_runs_nothing(file, monkeypatch, capsys, tmp_path):

@@ -76,13 +76,30 @@ def test_nodes_are_small_and_there_is_room_for_their_pictures(workflow):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
-def test_the_page_can_fetch_the_checkpoints(workflow):
-    """A loader says where its file is to be had, so that the page offers it where it is missing."""
-    for node in workflow["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
-            [model] = node["properties"]["models"]
-            assert model["name"] == node["widgets_values"][0] == model["url"].rpartition("/")[2]
-            assert model["directory"] == "checkpoints" and model["url"].startswith("https://huggingface.co/")
+def test_it_can_be_read_as_it_opens(workflow):
+    """The page fits a template's nodes into three quarters of the window, here of 1920 x 1080. What is smaller than
+    0.57 has no text."""
+    left, top, right, bottom = zip(*map(box, workflow["nodes"]), strict=True)
+    width, height = max(right) - min(left) + 20, max(bottom) - min(top) + 20  # ten around it
+    assert min(0.75 * 1920 / width, 0.75 * 1080 / height) >= 0.6
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_the_page_can_fetch_the_checkpoints(name):
+    """A loader says where its file is to be had, so that the page offers it where it is missing: ComfyUI 0.3.75's
+    offers no pickles."""
+    loaders = [node for node in WORKFLOWS[name]["nodes"] if node["type"] == "CheckpointLoaderSimple"]
+    assert len(loaders) == (2 if name == "9-Another checkpoint" else 1)
+    for node in loaders:
+        [model] = node["properties"]["models"]
+        assert model["name"] == node["widgets_values"][0] == model["url"].rpartition("/")[2]
+        assert model["directory"] == "checkpoints" and model["name"].endswith(".safetensors")
+        assert model["url"].startswith("https://huggingface.co/")
+
+
+def test_only_those_for_the_users_checkpoint_load_one():
+    kinds = {name: {node["type"] for node in workflow["nodes"]} for name, workflow in WORKFLOWS.items()}
+    assert {name for name, types in kinds.items() if "CheckpointLoaderSimple" in types} == OWN
 
 
 def box(node, more=0):

@@ -140,9 +140,9 @@ class Workspace:
     # --- looking ---
 
     def overlaps(self):
-        """Pairs of nodes that lie over each other, as they are drawn."""
+        """Pairs of nodes of the graph that is shown that lie over each other, as they are drawn."""
         return self.page.evaluate(
-            """() => { const boxes = app.graph.nodes.map(({ id, type, pos, boundingRect }) => {
+            """() => { const boxes = app.canvas.graph.nodes.map(({ id, type, pos, boundingRect }) => {
                 const box = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect();
                 const [x, y, width, height] = box ? [pos[0], pos[1] - 30, box.width / app.canvas.ds.scale,
                     box.height / app.canvas.ds.scale] : boundingRect;

@@ -229,6 +229,24 @@ def test_the_blueprint_is_one_node_that_stands_for_the_whole_way(page):
     assert ends == {"TAVDemoClip", "CreateVideo"}
 
 
+@pytest.mark.parametrize("server", ["newest"], indirect=True)
+def test_the_blueprint_shows_its_inside_in_nodes_2(page):
+    page.page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+    page.page.evaluate("() => { app.graph.clear() }")
+    page.search(BLUEPRINT)
+    page.page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=BLUEPRINT)
+    page.page.mouse.click(800, 300)  # it hangs on the pointer until it is put down
+    page.page.get_by_test_id("subgraph-enter-button").click()
+    page.page.wait_for_function(
+        """() => app.canvas.graph !== app.graph
+        && document.querySelectorAll('.lg-node[data-node-id]').length === app.canvas.graph.nodes.length"""
+    )
+    page.page.wait_for_timeout(1000)  # the view glides there
+    boxes = [node.bounding_box() for node in page.page.locator(".lg-node[data-node-id]").all()]
+    assert all(box["x"] > 0 and box["y"] > 0 and box["width"] > 50 and box["height"] > 20 for box in boxes)
+    assert page.overlaps() == []
+
+
 @pytest.mark.parametrize("server", ["newest"], indirect=True)  # it takes long: a checkpoint of full size
 def test_the_blueprint_edits_a_video(page):
     with_blueprint(page)
