@@ -104,7 +104,7 @@ def killed(file: Path, out: Path, kills: int, jobs: int) -> dict[str, int]:
     team = [Worker(file, out, number) for number in range(2)]
     while sum(done.values()) < kills and finished(out) < jobs:
         worker, kind = random.choice(team), list(done)[sum(done.values()) % 3]
-        time.sleep(random.uniform(0, 12))
+        time.sleep(random.uniform(0, 8))
         end = time.monotonic() + 60
         while kind.endswith("writes") and not list(out.rglob("*.part")) and time.monotonic() < end:
             time.sleep(0.001)
