@@ -11,6 +11,7 @@ import comfy.samplers
 import pytest
 import torch
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.attention import SparseCausal
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
@@ -438,8 +439,14 @@ def test_the_callers_layers_stay_as_they_are(make_model):
 
 
 def test_an_error_while_attaching_leaves_nothing_behind(inflated, prompts, unchanged, monkeypatch):
-    norm = host.parts_of(host.unet_of(inflated)).video_norms[-1]
+    last, real = host.parts_of(host.unet_of(inflated)).video_norms[-1], inflation._over_videos
+
+    def failing(norm, frames):
+        if norm is last:
+            raise TypeError("at the last of all")
+        return real(norm, frames)
+
     with unchanged(inflated), monkeypatch.context() as broken:
-        broken.setattr(norm, "register_forward_hook", None)
-        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        broken.setattr(inflation, "_over_videos", failing)
+        with pytest.raises(TypeError, match="at the last of all"):
             edit(inflated, prompts)

@@ -1,7 +1,8 @@
 """ComfyUI's page in a real browser, used as a user uses it."""
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from live_server import NAME, PROJECT
 from playwright.sync_api import TimeoutError
@@ -45,7 +46,8 @@ class Workspace:
     def _until(act, locator, state, patience):
         """Act again while a part of the page has not come or gone: a busy page loses a click now and then."""
         for _ in range(SLOW // patience):
-            act()
+            with suppress(TimeoutError):  # the last one did it after all, and what it was on has gone
+                act()
             try:
                 return locator.wait_for(state=state, timeout=patience)
             except TimeoutError:
@@ -64,7 +66,7 @@ class Workspace:
 
     def open_template(self, name):
         card = self.templates().get_by_test_id(f"template-workflow-{name}")
-        self._until(card.click, self.page.get_by_role("dialog"), "detached", 30_000)
+        self._until(partial(card.click, timeout=30_000), self.page.get_by_role("dialog"), "detached", 30_000)
         self.page.wait_for_function(OPEN, arg=name)
 
     def open_file(self, path):
