@@ -78,7 +78,8 @@ HELD_OUT = [
     ("line", "red balloon", "forest", "pumpkin", "grass", "sunset"),
     ("turn", "turtle", "desert", "elephant", "beach", "sketch"),
 ]
-SETS = {"development": range(len(CLIPS)), "held out": range(len(CLIPS), len(CLIPS) + len(HELD_OUT))}
+ALL = (*CLIPS, *HELD_OUT)
+SETS = {"development": range(len(CLIPS)), "held out": range(len(CLIPS), len(ALL))}
 QUICK = (0, 1, 12)
 HEADS = ("object", "background", "style")
 FLOORS = {"right": 0.85, "motion": 0.9}
@@ -281,8 +282,7 @@ class Judge:
             return strict.judge(self.truth(self.meant(wanted, pictures)), pictures)
         if head == "style":
             return {}
-        inside = strict.masks(self.clip.scenes)
-        return {"object_kept": float(-10 * (pictures - self.source).square().mean(-1)[inside].mean().log10())}
+        return {"object_kept": strict.psnr_within(pictures, self.source, strict.masks(self.clip.scenes))}
 
     def meant(self, wanted: Scene, pictures: Tensor) -> str:
         """The object that most frames show, of those that its name may mean."""
@@ -310,7 +310,7 @@ class Judge:
 @torch.inference_mode()
 def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
     """Edit one of the clips by each method; its figures, and contact sheets of its edits in `out`."""
-    motion, thing, place, *new = (*CLIPS, *HELD_OUT)[number]
+    motion, thing, place, *new = ALL[number]
     clip = world.make_clip(motion, thing, place, frames=FRAMES, seed=100 + number)
     judged = Judge(studio, clip)
     subject = Subject(studio, clip, studio.latents(clip.frames))
@@ -342,7 +342,7 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
 def kept(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
     """`run`, whose figures are kept: a long evaluation can be stopped, looked at, and gone on with."""
     file = out / f"clip_{number:02d}.json"
-    setting = {"clip": list((*CLIPS, *HELD_OUT)[number]), "methods": methods, "recipe": asdict(RECIPE)}
+    setting = {"clip": list(ALL[number]), "methods": methods, "recipe": asdict(RECIPE)}
     setting |= {"steps": STEPS, "cfg": CFG, "frames": FRAMES, "group_norm": GROUP_NORM, "figures": [*STRICT, *FLOW]}
     if file.exists():
         done = json.loads(file.read_text(encoding="utf-8"))
@@ -431,7 +431,7 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="run.py evaluate", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="three clips, and three of the ways to edit them")
-    numbers = range(len(CLIPS) + len(HELD_OUT))
+    numbers = range(len(ALL))
     parser.add_argument("--clips", nargs="+", type=int, choices=numbers, metavar="N", help="these clips only")
     parser.add_argument("--methods", nargs="+", choices={**METHODS, **LEVERS})
     parser.add_argument("--out", type=Path, default=Path("output/evaluation"))

@@ -109,8 +109,13 @@ def judge(truth: Truth, pictures: Tensor) -> dict[str, float]:
     return {
         "whole": float(whole(truth, *shape).float().mean()),
         **{name: float(values.mean()) for name, values in zip(("iou", "old_left", "fit"), shape, strict=True)},
-        "background": float(-10 * (pictures - truth.source).square().mean(-1)[outside].mean().log10()),
+        "background": psnr_within(pictures, truth.source, outside),
     }
+
+
+def psnr_within(a: Tensor, b: Tensor, where: Tensor) -> float:
+    """In dB, of the pixels `where`, bool [f, h, w], of all frames at once."""
+    return float(-10 * (a - b).square().mean(-1)[where].mean().log10())
 
 
 def whole(truth: Truth, iou: Tensor, old_left: Tensor, fit: Tensor) -> Tensor:
