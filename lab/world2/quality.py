@@ -57,7 +57,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    grid(pictures[:64], [scene.caption for scene in scenes], right).save(args.out / "quality.jpg", quality=88)
+    grid(pictures[:64], [scene.caption for scene in scenes], right).save(args.out / "quality.jpg", quality=70)
     print(json.dumps(report, indent=2))
 
 
