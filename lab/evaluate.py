@@ -1,6 +1,6 @@
 """The method measured on the demo's world, beside what is left of it when a part is taken away.
 
-  python run.py evaluate [--quick] [--out FOLDER]
+  python run.py evaluate [--quick | --long] [--out FOLDER]
 
 Clips of known motion, three edits each (object, background, style): twelve to develop on, and twelve that are held out.
 Writes the figures and contact sheets of each clip as it is done, and takes clips that are there from the folder; prints
@@ -10,12 +10,10 @@ two tables in Markdown for either set, the second one strict, and exits with 1 w
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,125 +22,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..demo import model, world
-from ..demo.world import Clip, Scene
+from ..demo import model
 from ..tav_core import host
 from ..tav_core.method import ddim
-from ..tav_core.method.attention import PAPERS
 from ..tav_core.method.guidance import Steering
-from ..tav_core.method.inflation import LIGHT, PAPER
-from ..tav_core.method.tuning import Recipe
+from ..tav_core.method.inflation import LIGHT
 from ..tav_core.pictures import image
-from ..tav_core.pipeline import editing, finding, scores
-from ..tav_core.pipeline.apply import apply_weights
-from ..tav_core.pipeline.one_shot import one_shot_tune
-from . import classifier, measure, sheet, strict
+from ..tav_core.pipeline import finding
+from . import classifier, long, sheet
+from .clips import ALL, HEADS, SETS, drawn, made
+from .judged import CELL, FLOW, Judge
+from .kept import kept
+from .subject import CFG, GROUP_NORM, RECIPE, STEPS, Edit, Studio, Subject, quiet
 
-# The paper's recipe scaled to this model, which is small and learns quickly.
-RECIPE = Recipe(steps=300, learning_rate=5e-4)
-STEPS, CFG = 30, 3.0
-# Each frame's own statistics, which the image model was trained with. The paper's code takes those of the whole video;
-# here that loses objects of another shape (a row of the table).
-GROUP_NORM = "per_frame"
 FRAMES = 8
-CELL = 8  # pixels of a latent cell
-
-# motion, object, background, and the object, the background and the style that each clip is edited to; "car" leaves the
-# colour open, for the frames to agree about
-CLIPS = [
-    ("arc", "red car", "beach", "truck", "snow", "sunset"),
-    ("line", "dog", "grass", "cat", "desert", "sketch"),
-    ("turn", "penguin", "snow", "chick", "road", "sunset"),
-    ("bounce", "frog", "grass", "pumpkin", "beach", "sunset"),
-    ("line", "boat", "water", "car", "beach", "sketch"),
-    ("arc", "red balloon", "city", "blue balloon", "desert", "sunset"),
-    ("zoom", "elephant", "desert", "car", "grass", "sketch"),
-    ("bounce", "pumpkin", "road", "frog", "snow", "sketch"),
-    ("turn", "yellow car", "city", "red car", "road", "sketch"),
-    ("line", "turtle", "beach", "car", "grass", "sunset"),
-    ("zoom", "cat", "forest", "penguin", "city", "sunset"),
-    ("arc", "chick", "desert", "turtle", "water", "sketch"),
-]
-# Never looked at while anything was chosen: with their numbers going on from these.
-HELD_OUT = [
-    ("arc", "boat", "water", "turtle", "desert", "sunset"),
-    ("line", "cat", "city", "dog", "beach", "sketch"),
-    ("turn", "truck", "road", "car", "grass", "sunset"),
-    ("bounce", "chick", "grass", "balloon", "snow", "sketch"),
-    ("zoom", "pumpkin", "forest", "turtle", "city", "sunset"),
-    ("line", "elephant", "grass", "truck", "road", "sketch"),
-    ("arc", "frog", "water", "boat", "snow", "sunset"),
-    ("turn", "blue car", "desert", "yellow car", "forest", "sketch"),
-    ("bounce", "dog", "snow", "car", "city", "sunset"),
-    ("zoom", "penguin", "beach", "chick", "water", "sketch"),
-    ("line", "red balloon", "forest", "pumpkin", "grass", "sunset"),
-    ("turn", "turtle", "desert", "elephant", "beach", "sketch"),
-]
-ALL = (*CLIPS, *HELD_OUT)
-SETS = {"development": range(len(CLIPS)), "held out": range(len(CLIPS), len(ALL))}
 QUICK = (0, 1, 12)
-HEADS = ("object", "background", "style")
 FLOORS = {"right": 0.85, "motion": 0.9}
 CEILINGS = {"cells": 1.0}
-
-
-Edit = Callable[[str], dict[str, Tensor]]  # from a prompt to the edited latents
-
-
-@dataclass
-class Studio:
-    """The demo model, and what every method below needs of it."""
-
-    model: host.ModelPatcher
-    clip: Any
-    vae: Any
-    judge: classifier.Classifier
-
-    def encode(self, text: str) -> host.Conditioning:
-        return [[self.clip.encode_from_tokens(self.clip.tokenize(text)), {}]]
-
-    def latents(self, pictures: np.ndarray) -> dict[str, Tensor]:
-        return {"samples": self.vae.encode(image.from_bytes(pictures))}
-
-    def decode(self, latent: dict[str, Tensor]) -> Tensor:
-        return self.vae.decode(latent["samples"]).clamp(0, 1)
-
-
-@dataclass
-class Subject:
-    """A clip that is to be edited, with its latents."""
-
-    studio: Studio
-    clip: Clip
-    latent: dict[str, Tensor]
-
-    def video(self, group_norm: str = GROUP_NORM, attends: str = PAPERS, layers: str = PAPER) -> host.ModelPatcher:
-        """The inflated model, untuned."""
-        return host.inflate(self.studio.model, group_norm, attends=attends, layers=layers)
-
-    @cached_property
-    def tuned(self) -> host.ModelPatcher:
-        return self.tune()
-
-    def tune(self, group_norm: str = GROUP_NORM, attends: str = PAPERS, layers: str = PAPER) -> host.ModelPatcher:
-        video, caption = self.video(group_norm, attends, layers), self.studio.encode(self.clip.caption)
-        weights = one_shot_tune(video, self.latent, caption, RECIPE, "fp32", "nothing", on_step=quiet)
-        return apply_weights(video, weights)
-
-    def invert(self, video: host.ModelPatcher) -> dict[str, Any]:
-        return editing.invert(video, self.latent, self.studio.encode(""), STEPS, quiet)[0]
-
-    def edit_from(
-        self, video: host.ModelPatcher, start: dict[str, Any], cfg: float = CFG, steering: Steering = editing.PLAIN
-    ) -> Edit:
-        studio, empty = self.studio, self.studio.encode("")
-        return lambda prompt: editing.sample_video(
-            video, start, studio.encode(prompt), empty, STEPS, cfg, quiet, steering
-        )
-
-
-def quiet(*_args: Any) -> None:
-    """Instead of the host's previews."""
 
 
 def whole_method(subject: Subject) -> Edit:
@@ -156,21 +52,20 @@ def without_tuning(subject: Subject) -> Edit:
 
 def without_inversion(subject: Subject) -> Edit:
     """The tuned model from noise that has nothing of the clip."""
-    sigma = ddim.ddim_sigmas(host.model_sigmas(subject.tuned), STEPS)[-1]
+    sigma = ddim.ddim_sigmas(host.model_sigmas(subject.tuned), subject.steps)[-1]
     noise = torch.randn(subject.latent["samples"].shape, generator=torch.Generator().manual_seed(0))
     start = subject.tuned.model.process_latent_out(noise * (1 + sigma**2).sqrt())
-    return subject.edit_from(subject.tuned, {"samples": start, host.KEY: {"steps": STEPS}})
+    return subject.edit_from(subject.tuned, {"samples": start, host.KEY: {"steps": subject.steps}})
 
 
-def without_sparse_causal(subject: Subject) -> Edit:
-    """Every frame attends to itself, as in the image model; the rest as it is, tuning too."""
-    video = subject.tune(attends="own")
-    return subject.edit_from(video, subject.invert(video))
+def inflated_with(**choices: Any) -> Callable[[Subject], Edit]:
+    """The whole method on a model that is inflated otherwise, tuned so as well; `choices` are of `host.inflate`."""
 
+    def method(subject: Subject) -> Edit:
+        video = subject.tune(**choices)
+        return subject.edit_from(video, subject.invert(video))
 
-def norms_over_the_video(subject: Subject) -> Edit:
-    video = subject.tune("video")
-    return subject.edit_from(video, subject.invert(video))
+    return method
 
 
 def frame_by_frame(subject: Subject) -> Edit:
@@ -183,22 +78,6 @@ def frame_by_frame(subject: Subject) -> Edit:
 def steered(steering: Steering, cfg: float = CFG) -> Callable[[Subject], Edit]:
     """The whole method with one of the ways to leave it."""
     return lambda subject: subject.edit_from(subject.tuned, subject.invert(subject.tuned), cfg, steering)
-
-
-def attending(attends: str) -> Callable[[Subject], Edit]:
-    """Tuned, inverted and sampled with other frames to attend to."""
-
-    def method(subject: Subject) -> Edit:
-        video = subject.tune(attends=attends)
-        return subject.edit_from(video, subject.invert(video))
-
-    return method
-
-
-def light_layers(subject: Subject) -> Edit:
-    """Queries that change at low rank."""
-    video = subject.tune(layers=LIGHT)
-    return subject.edit_from(video, subject.invert(video))
 
 
 def masked(subject: Subject) -> Edit:
@@ -223,8 +102,8 @@ METHODS: dict[str, Callable[[Subject], Edit]] = {
     "Tune-A-Video": whole_method,
     "without tuning": without_tuning,
     "without inversion": without_inversion,
-    "without sparse-causal attention": without_sparse_causal,
-    "group norms over the whole video": norms_over_the_video,
+    "without sparse-causal attention": inflated_with(attends="own"),
+    "group norms over the whole video": inflated_with(group_norm="video"),
     "every frame by itself": frame_by_frame,
 }
 # Ways to leave the plain method; by --methods only.
@@ -233,93 +112,24 @@ LEVERS: dict[str, Callable[[Subject], Edit]] = {
     "structure in 40 % of the steps": steered(Steering(structure=0.4)),
     "guidance 7.5, then 1": steered(Steering(cfg_end=1.0, cfg_until=0.5), 7.5),
     "freedom 0.3": steered(Steering(freedom=0.3)),
-    "attending to itself too": attending("first_own_previous"),
-    "attending to all frames": attending("all"),
-    "light layers": light_layers,
+    "attending to itself too": inflated_with(attends="first_own_previous"),
+    "attending to all frames": inflated_with(attends="all"),
+    "light layers": inflated_with(layers=LIGHT),
 }
 TRUTH = "the edit drawn, not sampled"  # the last row of the table: what there is to reach
-
-
-def edits(clip: Clip, new: tuple[str, ...]) -> dict[str, Scene]:
-    """The clip's scene with one thing changed, by what is changed."""
-    return {head: replace(clip.scenes[0], **{head: value}) for head, value in zip(HEADS, new, strict=True)}
-
-
-def drawn(clip: Clip, head: str, wanted: Scene) -> Tensor:
-    """The edit as it should be, pictures [f, h, w, 3] in 0 … 1: the world drawn again with one thing changed."""
-    scenes = [replace(scene, **{head: getattr(wanted, head)}) for scene in clip.scenes]
-    return image.from_bytes(np.stack([world.render(scene) for scene in scenes]))
-
-
-@dataclass
-class Judge:
-    """What says how good an edit of a clip is."""
-
-    studio: Studio
-    clip: Clip
-
-    def figures(self, head: str, wanted: Scene, pictures: Tensor) -> dict[str, float]:
-        """All figures of one edit, pictures [f, h, w, 3]."""
-        return {**self.seen(head, wanted, pictures), **self.strict(head, wanted, pictures), **self.flow(pictures)}
-
-    def seen(self, head: str, wanted: Scene, pictures: Tensor) -> dict[str, float]:
-        """What the classifier sees."""
-        classifier, positions = self.studio.judge, self.clip.positions
-        shown = measure.right(classifier, pictures, wanted)
-        places = measure.places(classifier, pictures)
-        return {
-            "right": shown[head],
-            "kept": float(np.mean([share for other, share in shown.items() if other != head])),
-            "motion": measure.motion_correlation(places, positions),
-            "cells": measure.position_error(places, positions) / CELL,
-            "consistency": measure.frame_consistency(classifier, pictures),
-            "flicker": measure.flicker(pictures, positions),
-        }
-
-    def strict(self, head: str, wanted: Scene, pictures: Tensor) -> dict[str, float]:
-        """Of another object, how whole it is and what of the clip is left; of another place, the object that stays."""
-        if head == "object":
-            return strict.judge(self.truth(self.meant(wanted, pictures)), pictures)
-        if head == "style":
-            return {}
-        return {"object_kept": strict.psnr_within(pictures, self.source, strict.masks(self.clip.scenes))}
-
-    def meant(self, wanted: Scene, pictures: Tensor) -> str:
-        """The object that most frames show, of those that its name may mean."""
-        seen = [frame["object"] for frame in measure.labels(self.studio.judge, pictures)]
-        return max(world.LOOKS[wanted.object], key=seen.count)
-
-    @cached_property
-    def source(self) -> Tensor:
-        return self.through(image.from_bytes(self.clip.frames))
-
-    def through(self, pictures: Tensor) -> Tensor:
-        """Pictures as the autoencoder passes them."""
-        return self.studio.decode(self.studio.latents((255 * pictures).numpy()))
-
-    @cached_property
-    def truth(self) -> Callable[[str], strict.Truth]:
-        return cache(lambda thing: strict.truth(self.clip, thing, self.through))
-
-    def flow(self, pictures: Tensor) -> dict[str, float]:
-        """What Score Video measures by optical flow, against the clip."""
-        found = scores.score(image.from_bytes(self.clip.frames), pictures)
-        return {score.key: scores.mean(score.edit) for score in found if score.key in FLOW}
 
 
 @torch.inference_mode()
 def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
     """Edit one of the clips by each method; its figures, and contact sheets of its edits in `out`."""
-    motion, thing, place, *new = ALL[number]
-    clip = world.make_clip(motion, thing, place, frames=FRAMES, seed=100 + number)
+    clip, wanted = made(number, FRAMES)
     judged = Judge(studio, clip)
-    subject = Subject(studio, clip, studio.latents(clip.frames))
-    wanted = edits(clip, tuple(new))
+    subject = Subject(studio, clip, studio.latents(clip.frames), RECIPE, STEPS)
     rows = []
 
     def judge(method: str, head: str, pictures: Tensor) -> None:
         measured = judged.figures(head, wanted[head], pictures)
-        rows.append({"method": method, "clip": clip.caption, "motion_kind": motion, "edit": head, **measured})
+        rows.append({"method": method, "clip": clip.caption, "motion_kind": ALL[number][0], "edit": head, **measured})
 
     source = {clip.caption: image.from_bytes(clip.frames)}
     edited: dict[str, dict[str, Tensor]] = {}
@@ -339,18 +149,11 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
     return rows
 
 
-def kept(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
-    """`run`, whose figures are kept: a long evaluation can be stopped, looked at, and gone on with."""
-    file = out / f"clip_{number:02d}.json"
+def evaluated(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict[str, Any]]:
+    """`run`, whose figures are kept."""
     setting = {"clip": list(ALL[number]), "methods": methods, "recipe": asdict(RECIPE)}
     setting |= {"steps": STEPS, "cfg": CFG, "frames": FRAMES, "group_norm": GROUP_NORM, "figures": [*STRICT, *FLOW]}
-    if file.exists():
-        done = json.loads(file.read_text(encoding="utf-8"))
-        if done["setting"] == setting:
-            return done["rows"]
-    rows = run(studio, number, methods, out)
-    file.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1), encoding="utf-8")
-    return rows
+    return kept(out / f"clip_{number:02d}.json", setting, lambda: run(studio, number, methods, out))
 
 
 def summary(rows: list[dict[str, Any]], method: str) -> dict[str, float]:
@@ -391,7 +194,7 @@ STRICT: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "background": ("background kept, dB", ".1f", np.median),
     "object_kept": ("object kept, dB", ".1f", np.median),
 }
-FLOW: dict[str, tuple[str, str, Callable[..., Any]]] = {
+BY_FLOW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "motion_error": ("motion error, px at 512", ".2f", np.median),
     "motion_cosine": ("motion cosine", ".3f", np.median),
     "warp_error": ("warp error, of 255", ".1f", np.median),
@@ -400,7 +203,7 @@ FLOW: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 def strict_table(rows: list[dict[str, Any]], methods: list[str]) -> str:
     """In Markdown: of edits to another object the first four, to another place the fifth, of all edits the flow's."""
-    columns = {**STRICT, **FLOW}
+    columns = {**STRICT, **BY_FLOW}
     lines = [f"| | {' | '.join(name for name, *_ in columns.values())} |", f"|---|{'---|' * len(columns)}"]
     for method in methods:
         cells = []
@@ -427,7 +230,7 @@ def beside(rows: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> str:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="run.py evaluate", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="three clips, and three of the ways to edit them")
@@ -435,12 +238,15 @@ def main() -> None:
     parser.add_argument("--clips", nargs="+", type=int, choices=numbers, metavar="N", help="these clips only")
     parser.add_argument("--methods", nargs="+", choices={**METHODS, **LEVERS})
     parser.add_argument("--out", type=Path, default=Path("output/evaluation"))
+    parser.add_argument("--long", action="store_true", help="clips longer than a window instead")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     studio = Studio(*model.load(), classifier.load())
+    if args.long:
+        return long.evaluate(studio, args.out)
     methods = args.methods or (QUICK_METHODS if args.quick else list(METHODS))
     taken = args.clips or (QUICK if args.quick else numbers)
-    by_clip = {number: kept(studio, number, methods, args.out) for number in tqdm(taken, "clips")}
+    by_clip = {number: evaluated(studio, number, methods, args.out) for number in tqdm(taken, "clips")}
     for name, clips in SETS.items():
         if rows := [row for number in clips for row in by_clip.get(number, [])]:
             ways = [*methods, TRUTH]
@@ -450,8 +256,8 @@ def main() -> None:
     whole = summary([row for rows in by_clip.values() for row in rows], methods[0])
     missed = [f"{name} {whole[name]:.2f} < {floor}" for name, floor in FLOORS.items() if not whole[name] >= floor]
     missed += [f"{name} {whole[name]:.2f} > {top}" for name, top in CEILINGS.items() if not whole[name] <= top]
-    sys.exit(f"out of its bounds: {', '.join(missed)}" if missed else 0)
+    return f"out of its bounds: {', '.join(missed)}" if missed else ""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main() or 0)

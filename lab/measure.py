@@ -59,15 +59,20 @@ def frame_consistency(judge: Classifier, pictures: Tensor) -> float:
 
 
 def flicker(pictures: Tensor, truth: Array, half: int = 24) -> float:
-    """Mean change, in 0 … 255, from frame to frame of a square of 2 * `half` pixels that goes with the object's path.
+    """Mean of `path_changes`.
 
     The classifier's features tell where the object is, so that they count motion as a change; this does not, and sees
     an object that changes its look or leaves its path.
     """
+    return float(path_changes(pictures, truth, half).mean())
+
+
+def path_changes(pictures: Tensor, truth: Array, half: int = 24) -> Tensor:
+    """Change, in 0 … 255, from frame to frame of a square of 2 * `half` pixels that goes with the object's path."""
     padded = pad(channels_first(pictures), (half, half, half, half), mode="replicate")
     corners = np.rint(truth).astype(int)
     squares = torch.stack([p[:, y : y + 2 * half, x : x + 2 * half] for p, (x, y) in zip(padded, corners, strict=True)])
-    return float(metrics.flicker(squares).mean())
+    return metrics.flicker(squares)
 
 
 def channels_first(pictures: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import json
 from itertools import combinations
 
 import pytest
-from tune_a_video.demo import model
-from tune_a_video.lab import classifier, evaluate
+from tune_a_video.demo import model, world
+from tune_a_video.lab import classifier, clips, evaluate
 from tune_a_video.tav_core.method.tuning import Recipe
 
 
@@ -17,7 +17,7 @@ def short(monkeypatch):
 
 def test_a_clip_is_edited_in_every_way_and_kept(short, tmp_path, monkeypatch):
     methods = list(evaluate.METHODS)
-    rows = evaluate.kept(evaluate.Studio(*model.load(), classifier.load()), 0, methods, tmp_path)
+    rows = evaluate.evaluated(evaluate.Studio(*model.load(), classifier.load()), 0, methods, tmp_path)
     assert [(row["method"], row["edit"]) for row in rows[:3]] == [(methods[0], head) for head in evaluate.HEADS]
     assert len(rows) == 3 * (len(methods) + 1)
     truth = evaluate.summary(rows, evaluate.TRUTH)
@@ -38,24 +38,23 @@ def test_a_clip_is_edited_in_every_way_and_kept(short, tmp_path, monkeypatch):
     assert evaluate.beside(rows, methods).count("of 3 edits") == len(methods) - 1
 
     monkeypatch.setattr(evaluate, "run", None)  # what is kept is not computed again
-    assert evaluate.kept(None, 0, methods, tmp_path) == json.loads(json.dumps(rows))
+    assert evaluate.evaluated(None, 0, methods, tmp_path) == json.loads(json.dumps(rows))
 
 
 def test_the_clips_that_are_held_out_are_others():
-    for motion, thing, place, new_thing, new_place, style in (*evaluate.CLIPS, *evaluate.HELD_OUT):
-        assert motion in evaluate.world.MOTIONS and thing in evaluate.world.OBJECTS
-        assert {place, new_place} <= evaluate.world.BACKGROUNDS.keys() and place != new_place
-        assert new_thing in evaluate.world.LOOKS and new_thing != thing and style in ("sketch", "sunset")
-    assert not {clip[1:4] for clip in evaluate.CLIPS} & {clip[1:4] for clip in evaluate.HELD_OUT}
-    assert [len(numbers) for numbers in evaluate.SETS.values()] == [12, 12]
+    for motion, thing, place, new_thing, new_place, style in clips.ALL:
+        assert motion in world.MOTIONS and thing in world.OBJECTS
+        assert {place, new_place} <= world.BACKGROUNDS.keys() and place != new_place
+        assert new_thing in world.LOOKS and new_thing != thing and style in ("sketch", "sunset")
+    assert not {clip[1:4] for clip in clips.CLIPS} & {clip[1:4] for clip in clips.HELD_OUT}
+    assert [len(numbers) for numbers in clips.SETS.values()] == [12, 12]
 
 
 def test_a_method_edits_as_it_is_named(short):
     """Each leaves something else out, so no two edit alike."""
     studio = evaluate.Studio(*model.load(), classifier.load())
-    motion, thing, place, *_ = evaluate.CLIPS[0]
-    clip = evaluate.world.make_clip(motion, thing, place, frames=3, seed=100)
-    subject = evaluate.Subject(studio, clip, studio.latents(clip.frames))
+    clip, _wanted = clips.made(0, frames=3)
+    subject = evaluate.Subject(studio, clip, studio.latents(clip.frames), evaluate.RECIPE, evaluate.STEPS)
     edited = {
         name: way(subject)("a dog on the beach")["samples"]
         for name, way in (evaluate.METHODS | evaluate.LEVERS).items()
