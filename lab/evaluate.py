@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +81,15 @@ def steered(steering: Steering, cfg: float = CFG) -> Callable[[Subject], Edit]:
     return lambda subject: subject.edit_from(subject.tuned, subject.invert(subject.tuned), cfg, steering)
 
 
+def shorter(subject: Subject) -> Edit:
+    """The whole method with half of the tuning steps."""
+    return whole_method(replace(subject, recipe=replace(subject.recipe, steps=subject.recipe.steps // 2)))
+
+
+def exactly_inverted(subject: Subject) -> Edit:
+    return subject.edit_from(subject.tuned, subject.invert(subject.tuned, "exact"))
+
+
 def masked(subject: Subject) -> Edit:
     """With a mask of the object that the caption names, or of all but that; none where the style is edited."""
     video, scene = subject.tuned, subject.clip.scenes[0]
@@ -114,6 +124,8 @@ LEVERS: dict[str, Callable[[Subject], Edit]] = {
     "freedom 0.3": steered(Steering(freedom=0.3)),
     "attending to itself too": inflated_with(attends="first_own_previous"),
     "attending to all frames": inflated_with(attends="all"),
+    "tuned for half as long": shorter,
+    "exact inversion": exactly_inverted,
     "light layers": inflated_with(layers=LIGHT),
 }
 TRUTH = "the edit drawn, not sampled"  # the last row of the table: what there is to reach
@@ -214,20 +226,47 @@ def strict_table(rows: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(lines)
 
 
+# Of the table of differences: names and digits.
+DIFFERENCES = {
+    "consistency": ("frame consistency", ".4f"),
+    "cells": ("position error, cells", ".2f"),
+    "flicker": ("flicker on the path", ".1f"),
+    "motion": ("motion correlation", ".3f"),
+    "whole": ("whole object", ".0%"),
+    "background": ("background kept, dB", ".1f"),
+    "object_kept": ("object kept, dB", ".1f"),
+}
+LESS_IS_MORE = {"cells", "flicker"}
+
+
 def beside(rows: list[dict[str, Any]], methods: list[str]) -> str:
-    """In how many edits the first method is better than each other one: frames alike, near to the path, no flicker."""
-    lines = []
+    """How every other method differs from the first on the same edits, in Markdown.
+
+    Mean difference with its interval of 95 % (bootstrap over the edits), and in how many of them the other is better.
+    """
     by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
     first, *others = methods
+    lines = [f"| beside {first} | {' | '.join(name for name, _ in DIFFERENCES.values())} |"]
+    lines.append(f"|---|{'---|' * len(DIFFERENCES)}")
     for method in others:
         pairs = list(zip(by_method[first], by_method[method], strict=True))
-        alike = sum(mine["consistency"] > theirs["consistency"] for mine, theirs in pairs)
-        near, calm = (sum(mine[name] < theirs[name] for mine, theirs in pairs) for name in ("cells", "flicker"))
-        lines.append(
-            f"{first} beside {method}: more consistent in {alike}, nearer in {near}, less flicker in {calm} of "
-            f"{len(pairs)} edits"
-        )
+        cells = []
+        for key, (_name, digits) in DIFFERENCES.items():
+            changes = np.array([theirs[key] - mine[key] for mine, theirs in pairs if key in mine])
+            changes = changes[np.isfinite(changes)]
+            better = int((changes < 0).sum() if key in LESS_IS_MORE else (changes > 0).sum())
+            low, high = interval(changes)
+            cells.append(f"{changes.mean():+{digits}} ({low:+{digits}} … {high:+{digits}}), {better} of {len(changes)}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Between which the mean lies with 95 % confidence, by bootstrap; NaN of fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    low, high = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return float(low), float(high)
 
 
 def main() -> str:

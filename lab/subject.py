@@ -71,8 +71,8 @@ class Subject:
         weights = one_shot_tune(video, self.latent, caption, self.recipe, "fp32", "nothing", on_step=quiet)
         return apply_weights(video, weights)
 
-    def invert(self, video: host.ModelPatcher) -> dict[str, Any]:
-        return editing.invert(video, self.latent, self.studio.encode(""), self.steps, quiet)[0]
+    def invert(self, video: host.ModelPatcher, method: str = "plain") -> dict[str, Any]:
+        return editing.invert(video, self.latent, self.studio.encode(""), self.steps, quiet, method)[0]
 
     def edit_from(
         self, video: host.ModelPatcher, start: dict[str, Any], cfg: float = CFG, steering: Steering = editing.PLAIN

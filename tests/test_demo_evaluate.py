@@ -3,6 +3,7 @@
 import json
 from itertools import combinations
 
+import numpy as np
 import pytest
 from tune_a_video.demo import model, world
 from tune_a_video.lab import classifier, clips, evaluate
@@ -35,7 +36,9 @@ def test_a_clip_is_edited_in_every_way_and_kept(short, tmp_path, monkeypatch):
     assert drawn["object"]["background"] > 25 and drawn["background"]["object_kept"] > 20
     # Two steps of tuning and of sampling leave next to no object.
     assert all(row["whole"] < 1 for row in rows if row["edit"] == "object" and row["method"] == "without inversion")
-    assert evaluate.beside(rows, methods).count("of 3 edits") == len(methods) - 1
+    beside = evaluate.beside(rows, methods).splitlines()
+    assert len(beside) == 2 + len(methods) - 1 and len({line.count("|") for line in beside}) == 1
+    assert all("of 3" in line and "of 1" in line for line in beside[2:])
 
     monkeypatch.setattr(evaluate, "run", None)  # what is kept is not computed again
     assert evaluate.evaluated(None, 0, methods, tmp_path) == json.loads(json.dumps(rows))
@@ -61,3 +64,17 @@ def test_a_method_edits_as_it_is_named(short):
     }
     assert all(samples.shape == (3, 4, 16, 16) for samples in edited.values())
     assert not any(one.equal(other) for one, other in combinations(edited.values(), 2))
+
+
+def test_a_difference_is_told_with_its_interval():
+    figures = {"motion": 0.9, "whole": 1.0, "background": 20.0, "object_kept": 20.0, "cells": 1.0}
+    first = [{"method": "first", "consistency": 0.9, "flicker": 10.0 + i, **figures} for i in range(6)]
+    other = [
+        {**row, "method": "other", "consistency": 0.92, "flicker": row["flicker"] + i - 2}
+        for i, row in enumerate(first)
+    ]
+    cells = evaluate.beside([*first, *other], ["first", "other"]).splitlines()[-1].split(" | ")
+    assert cells[1] == "+0.0200 (+0.0200 … +0.0200), 6 of 6"
+    assert cells[3].startswith("+0.5 (-0.") and cells[3].endswith("), 2 of 6")  # less flicker is better
+    low, high = evaluate.interval(np.random.default_rng(1).normal(1, 2, 10_000))
+    assert low == pytest.approx(1 - 1.96 * 0.02, abs=0.03) and high == pytest.approx(1 + 1.96 * 0.02, abs=0.03)
