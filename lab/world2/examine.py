@@ -28,6 +28,7 @@ from .world import PLACES, Scene
 
 SEED = 3  # of the edits; training uses 0, its held-out pictures 1, prompts 2
 LEAST_TRUE, MOST_CHIMERAS = 0.97, 0.05
+LEAST_HALO = 0.1  # of the new object's pixels that the old one is seen on around it, or it is not called a halo
 
 
 def scenes(count: int) -> list[tuple[Scene, Scene]]:
@@ -71,7 +72,7 @@ def examine(
     plates = image.from_bytes(np.stack([world.plate(scene) for scene in new]))
     pair = chimeras.Pair(old_pictures, new_pictures, plates, old_masks, new_masks)
 
-    def whole(pictures: Tensor) -> float:
+    def whole(pictures: Tensor) -> Tensor:
         seen = judge.look_at(network, through(pictures))
         right = [
             judge.whole_object(
@@ -82,7 +83,7 @@ def examine(
             )
             for i, scene in enumerate(new)
         ]
-        return float(torch.cat(right).float().mean())
+        return torch.cat(right)
 
     names = list(PLACES)
     moved = [
@@ -91,26 +92,32 @@ def examine(
     ]
     moved_pictures, _ = drawn(moved)
 
-    def of_place(pictures: Tensor) -> float:
+    def of_place(pictures: Tensor) -> Tensor:
         seen = judge.look_at(network, through(pictures))
         frames = (judge.Seen(*(part[i : i + 1] for part in seen)) for i in range(len(moved)))
         right = [judge.whole_place(frame, scene.place) for frame, scene in zip(frames, moved, strict=True)]
-        return float(torch.cat(right).float().mean())
+        return torch.cat(right)
 
+    haloed = (old_masks & ~new_masks).sum((1, 2)) >= LEAST_HALO * new_masks.sum((1, 2))
     seen = judge.look_at(network, through(new_pictures))
     looks = np.array(judge.looks(seen)) == [list(LOOKS).index(scene.actors[0].look) for scene in new]
-    return {
+    right = {
         "true": {
             "drawn": whole(new_pictures),
             "facing the other way": whole(mirrored_pictures),
             "6 % smaller": whole(smaller),
             "another place": of_place(moved_pictures),
-            "look": float(looks.mean()),
+            "look": torch.from_numpy(looks),
         },
         "chimeras": {
             **{name: whole(make(pair)) for name, make in chimeras.OF_OBJECTS.items()},
             "patch of the old place": of_place(chimeras.patch(new_pictures, moved_pictures, new_masks)),
         },
+    }
+    counted = {"halo": haloed}
+    return {
+        part: {name: round(float(x[counted.get(name, ...)].float().mean()), 4) for name, x in kinds.items()}
+        for part, kinds in right.items()
     }
 
 

@@ -1,7 +1,8 @@
 """What each pixel of a picture of world 2 shows, a figure in a look or a place; and the picture's style.
 
-Trained on rendered pictures only, never on the text-to-image model's output, which it is there to judge. Half of them
-are cut together from two, each pixel with its own truth, so that half an object is seen as half an object.
+Trained on rendered pictures only, never on the text-to-image model's output, which it is there to judge. Many of them
+are put together from two, each pixel with its own truth, so that half an object is seen as half an object, and what is
+left of one around another as that.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ BEGUN = Path(__file__).with_name("begun.safetensors")
 
 RECIPES = {
     "cpu": {
-        "segmenter": Stage(steps=3000, batch=32, pictures=6000, lr=2e-3),
+        "segmenter": Stage(steps=1200, batch=32, pictures=3000, lr=1e-3),
         "autoencoder": Stage(steps=2200, batch=16, pictures=3000, lr=1e-3, average=100),
         "text_to_image": Stage(steps=6000, batch=16, pictures=10000, lr=2e-3),
     },
@@ -138,9 +138,12 @@ def start_from(file: Path, network: nn.ModuleDict, vocabulary: networks.Vocabula
 
 
 def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
-    """On rendered pictures made worse at random, half of them cut together from two."""
+    """On from the kept one, on rendered pictures made worse at random.
+
+    A third is cut together from two, a third has the figures of another one put before its own.
+    """
     torch.manual_seed(2)
-    network = segmenter.Segmenter().to(DEVICE).to(memory_format=torch.channels_last)
+    network = segmenter.load().requires_grad_(True).train().to(DEVICE).to(memory_format=torch.channels_last)
     trainer = Trainer(network, stage, out / "segmenter.pt", deadline)
     pool, styles = judged(stage.pictures, 0, out / "judged.pt")
     held_out, held_out_styles = judged(500, HELD_OUT, out / "judged_held_out.pt")
@@ -149,16 +152,18 @@ def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
         picks = torch.randint(len(pool), (stage.batch,))
         batch = pool[picks]
         batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
-        half = len(batch) // 2
-        cut = half_planes(half, batch.shape[-1])
-        batch = torch.cat([torch.where(cut, batch[:half], batch[half:].roll(1, 0)), batch[half:]])
+        third, other = len(batch) // 3, batch.roll(1, 0)
+        cut, whole = half_planes(third, batch.shape[-1]), 2 * third
+        before = other[third:whole, 3:4] < segmenter.PLACE
+        batch[:third] = torch.where(cut, batch[:third], other[:third])
+        batch[third:whole] = torch.where(before, other[third:whole], batch[third:whole])
         shows, look = (batch[:, i].long().to(DEVICE) for i in (3, 4))
         with autocast():
             scores = network(spoilt(unit(batch[:, :3])))
         wrong = F.cross_entropy(scores.shows.float(), shows)
         wrong = wrong + 0.5 * F.cross_entropy(scores.look.float(), look, ignore_index=segmenter.NO_LOOK)
-        # A picture that is cut together has no one style.
-        return wrong + 0.1 * F.cross_entropy(scores.style[half:].float(), styles[picks[half:]].to(DEVICE))
+        # A picture that is put together has no one style.
+        return wrong + 0.1 * F.cross_entropy(scores.style[whole:].float(), styles[picks[whole:]].to(DEVICE))
 
     @torch.inference_mode()
     def show() -> dict[str, str]:
