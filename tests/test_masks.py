@@ -92,12 +92,12 @@ def test_watching_changes_nothing_and_leaves_nothing(inflated, clip, prompts, un
 
 
 def test_maps_of_windows_become_the_clips():
-    windows = [[0, 1, 2], [0, 2, 3]]
+    levels = [[[0, 1, 2], [0, 2, 3]], [[0, 1], [0, 2], [0, 3]], [[0, 1, 2], [0, 2, 3]]]
     of_block = {0: torch.arange(8.0).view(4, 2), 1: -torch.arange(4.0)[:, None].expand(4, 6)}
-    maps = [of_block[block][window] for _level in range(3) for window in windows for block in (0, 1)]
-    whole = masks.of_whole_clips(maps, 2, windows, 4)
+    maps = [of_block[block][window] for windows in levels for window in windows for block in (0, 1)]
+    whole = masks.of_whole_clips(maps, 2, levels, 4)
     assert len(whole) == 6 and all(torch.equal(a, of_block[i % 2]) for i, a in enumerate(whole))
-    differs = masks.of_whole_clips([torch.zeros(3, 2), torch.ones(3, 2)], 1, windows, 4)[0]
+    differs = masks.of_whole_clips([torch.zeros(3, 2), torch.ones(3, 2)], 1, levels[:1], 4)[0]
     assert differs[:, 0].tolist() == [0.5, 0, 0.5, 1]
 
 

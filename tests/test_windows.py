@@ -12,7 +12,7 @@ from tune_a_video.nodes import ApplyWeights, InflateUNet
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.inflation import TemporalLayers, inflated
 from tune_a_video.tav_core.method.tuning import Draws, Recipe
-from tune_a_video.tav_core.method.windows import WHOLE, Windows, blended
+from tune_a_video.tav_core.method.windows import SPREAD_FROM, WHOLE, Windows, blended
 from tune_a_video.tav_core.pipeline import editing, network, one_shot
 from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.store import weights as store
@@ -81,7 +81,19 @@ def test_windows_cover_a_clip(data):
     assert not shorter or shorter * (frames - 1) - (shorter - 1) * overlap < clip - 1
 
 
+@given(st.integers(4, 40), st.integers(2, 300))
+def test_windows_at_much_noise_are_spread_over_the_clip(frames, clip):
+    windows = Windows(frames).of(clip, SPREAD_FROM)
+    assert all(window[0] == 0 and 2 <= len(window) <= frames for window in windows)
+    assert sorted(frame for window in windows for frame in window[1:]) == [*range(1, clip)]
+    assert (len(windows) - 1) * (frames - 1) < clip - 1  # so many would not do
+    assert all(window[1] <= len(windows) and window[-1] >= clip - len(windows) for window in windows)
+
+
 def test_the_windows_of_a_clip():
+    assert Windows(5, 2).of(11, SPREAD_FROM - 1) == Windows(5, 2).of(11)
+    assert Windows(5, 2).of(11, SPREAD_FROM) == [[0, 1, 4, 7, 10], [0, 2, 5, 8], [0, 3, 6, 9]]
+    assert Windows(16, 4).of(16, 999) == [[*range(16)]]
     assert Windows(5, 2).of(11) == [[0, 1, 2, 3, 4], [0, 3, 4, 5, 6], [0, 5, 6, 7, 8], [0, 7, 8, 9, 10]]
     assert Windows(16, 4).of(16) == [[*range(16)]] == WHOLE.of(16) == Windows(20, 4).of(16)
 
@@ -100,9 +112,9 @@ def test_windows_that_cannot_be(frames, overlap, problem, model):
         InflateUNet.execute(model, "video", frames, overlap)
 
 
-@given(st.integers(4, 12), st.integers(2, 60), st.data())
-def test_a_frame_is_the_mean_of_its_windows(frames, clip, data):
-    windows = Windows(frames, data.draw(st.integers(0, (frames - 1) // 2))).of(clip)
+@given(st.integers(4, 12), st.integers(2, 60), st.sampled_from([0, 999]), st.data())
+def test_a_frame_is_the_mean_of_its_windows(frames, clip, timestep, data):
+    windows = Windows(frames, data.draw(st.integers(0, (frames - 1) // 2))).of(clip, timestep)
     video = torch.randn(2, clip, 3, dtype=torch.float64)
     same = blended(windows, clip, lambda numbers: video[:, numbers].flatten(0, 1))
     torch.testing.assert_close(same, video.flatten(0, 1))
@@ -118,9 +130,11 @@ def test_a_frame_is_the_mean_of_its_windows(frames, clip, data):
 # --- what is computed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("group_norm", ["video", "per_frame"])
-def test_a_call_is_its_windows_blended(in_windows, model, temporal, group_norm):
+def test_a_call_is_its_windows_blended(in_windows, model, temporal, group_norm, noisy):
     x, timesteps, context = inputs()
+    timesteps = timesteps.clamp(max=499) + (500 if noisy else 0)
     seen = call(in_windows(CUT, group_norm), x, timesteps, context, **{host.KEY: (LENGTH, "")})
 
     def alone(numbers):
@@ -133,7 +147,9 @@ def test_a_call_is_its_windows_blended(in_windows, model, temporal, group_norm):
             return unet(x[rows], timesteps[rows], context[rows], transformer_options=options)
 
     with torch.inference_mode():
-        torch.testing.assert_close(seen, blended(CUT.of(LENGTH), LENGTH, alone), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            seen, blended(CUT.of(LENGTH, float(timesteps.max())), LENGTH, alone), rtol=1e-4, atol=1e-4
+        )
     whole = call(in_windows(WHOLE, group_norm), x, timesteps, context, **{host.KEY: (LENGTH, "")})
     assert not torch.allclose(seen, whole, rtol=0.1)
 

@@ -201,7 +201,8 @@ def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[...,
             each = part([x, timesteps, context, y, control])
             return whole(executor, videos, len(numbers), *each, transformer_options=options, **part(kwargs))
 
-        return blended(windows.of(frames), frames, compute)
+        timestep = 0.0 if timesteps is None else float(timesteps.max())
+        return blended(windows.of(frames, timestep), frames, compute)
 
     def whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs):
         # The executor's own module, not the base model's: with several GPUs each has its copy.

@@ -51,22 +51,25 @@ def watching(parts: UNetParts, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
         yield maps
 
 
-def of_whole_clips(maps: Sequence[Tensor], blocks: int, windows: Sequence[Sequence[int]], clip: int) -> list[Tensor]:
+def of_whole_clips(
+    maps: Sequence[Tensor], blocks: int, levels: Sequence[Sequence[Sequence[int]]], clip: int
+) -> list[Tensor]:
     """Maps of a clip's windows as maps of all its frames, `f n`; where windows overlap, their mean.
 
     Args:
         maps: `w n` of every block in turn, for one window after the other, for one noise level after the other.
-        windows: numbers of the frames in each.
+        levels: numbers of the frames in each window, of every noise level.
     """
-    whole = []
-    level = blocks * len(windows)
-    for start in range(0, len(maps), level):
+    whole, start = [], 0
+    for windows in levels:
+        end = start + blocks * len(windows)
         for block in range(start, start + blocks):
             total, count = torch.zeros(clip, maps[block].shape[1]), torch.zeros(clip, 1)
-            for part, frames in zip(maps[block : start + level : blocks], windows, strict=True):
+            for part, frames in zip(maps[block:end:blocks], windows, strict=True):
                 total[list(frames)] += part
                 count[list(frames)] += 1
             whole.append(total / count)
+        start = end
     return whole
 
 

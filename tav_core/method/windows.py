@@ -1,8 +1,9 @@
 """Long clips in bounded memory: which frames are computed together, and how their outputs become one video's.
 
-A window holds the clip's first frame, which every frame's sparse-causal attention looks at, and a run of others; the
-temporal attention stays inside it. The windows of a clip are the same at every step, so an inversion stays the inverse
-of its sampling. Outputs are blended as in MultiDiffusion (arXiv 2302.08113).
+A window holds the clip's first frame, which every frame's sparse-causal attention looks at, and others; the temporal
+attention stays inside it. At much noise, where places and outlines come about, the others are spread over the whole
+clip, so that its end knows of its middle; at little noise they are neighbours. The noise alone decides, so an inversion
+stays the inverse of its sampling. Outputs are blended as in MultiDiffusion (arXiv 2302.08113).
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 LEAST = 4
+SPREAD_FROM = 500  # timestep, of 1,000; measured beside other shares and anchor frames (docs/evaluation.md)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,12 @@ class Windows:
         """The frames of a window that begins at frame 1 or later: the clip's first one, and a run."""
         return [0, *range(start, start + self.at_once(clip) - 1)]
 
-    def of(self, clip: int) -> list[list[int]]:
-        """The fewest windows that cover a clip of so many frames, evenly spread."""
+    def of(self, clip: int, timestep: float = 0) -> list[list[int]]:
+        """The fewest windows that cover a clip of so many frames: runs of neighbours, or all spread over the clip."""
         last = self.starts(clip) - 1
+        if last and timestep >= SPREAD_FROM:
+            count = -(-(clip - 1) // (self.frames - 1))
+            return [[0, *range(1 + i, clip, count)] for i in range(count)]
         step = self.frames - 1 - self.overlap  # the first frame is everywhere, and no overlap
         gaps = -(-last // step) if last else 0
         return [self.at(1 + round(i * last / max(gaps, 1)), clip) for i in range(gaps + 1)]
@@ -63,17 +68,16 @@ def blended(windows: list[list[int]], clip: int, compute: Callable[[list[int]], 
     """The output for a whole clip of each window's: `(b f) …` from `(b w) …`.
 
     Weights fall from a window's middle to its ends (triangular), and sum to one for each frame. The clip's first frame
-    is taken from the first window, where those after it are its neighbours.
+    is taken from the first window, where the second one is.
 
     Args:
         compute: the output of a window, for the numbers of its frames in the clip.
     """
-    run = len(windows[0]) - 1
-    slope = torch.minimum(torch.arange(1, run + 1), torch.arange(run, 0, -1)).double()
     weights = torch.zeros(len(windows), clip, dtype=torch.float64)
     weights[0, 0] = 1
     for row, (_first, *frames) in zip(weights, windows, strict=True):
-        row[frames] = slope
+        run = len(frames)
+        row[frames] = torch.minimum(torch.arange(1, run + 1), torch.arange(run, 0, -1)).double()
     weights /= weights.sum(0)
     out: Tensor | None = None
     for row, frames in zip(weights, windows, strict=True):

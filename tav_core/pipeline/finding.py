@@ -62,7 +62,9 @@ def find_mask(
     with masks.watching(video.parts, words) as maps:
         host.run_sampler(guider, samples, sigmas, callback or host.preview_callback(model, len(chosen)), sampler=visit)
     frames, _channels, height, width = samples.shape
-    maps = masks.of_whole_clips(maps, len(video.parts.blocks), video.inflation.windows.of(frames), frames)
+    timesteps = [int((video.sigmas - sigma).abs().argmin()) for sigma in sigmas[:-1]]
+    windows = [video.inflation.windows.of(frames, timestep) for timestep in timesteps]
+    maps = masks.of_whole_clips(maps, len(video.parts.blocks), windows, frames)
     attention = masks.combined(maps, height, width)
     found = (attention > masks.otsu(attention)).float()
     found = found.repeat_interleave(host.LATENT_PIXELS, 1).repeat_interleave(host.LATENT_PIXELS, 2)
