@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -527,15 +528,16 @@ def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
         gone = 2**22 - 1
         assert not psutil.pid_exists(gone)
         began = psutil.Process(sleeper.pid).create_time()
-        note = tmp_path / f"server-{gone}.json"
+        note = tmp_path / f"server-{gone}-{socket.gethostname()}.json"
         note.write_text(json.dumps({"server": other.pid, "began": began - 100}), encoding="utf-8")
         batch.end_orphans(tmp_path)
         assert other.poll() is None and not note.exists(), "another process has the number by now"
         note.write_text(json.dumps({"server": sleeper.pid, "began": began}), encoding="utf-8")
-        mine = tmp_path / f"server-{os.getpid()}.json"
-        mine.write_text("{}", encoding="utf-8")
+        others = [f"server-{os.getpid()}-{socket.gethostname()}.json", f"server-{gone}-elsewhere.json"]
+        for name in others:
+            (tmp_path / name).write_text("{}", encoding="utf-8")
         batch.end_orphans(tmp_path)
-        assert not psutil.pid_exists(sleeper.pid) and mine.exists()
+        assert not psutil.pid_exists(sleeper.pid) and sorted(os.listdir(tmp_path)) == sorted(others)
     finally:
         sleeper.kill()
         other.kill()

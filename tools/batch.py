@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -93,7 +94,7 @@ class Own:
 
     def _note(self, process: int) -> None:
         """Whose process this is: one that was killed cannot end its server, the next one does."""
-        noted = self.folder / f"server-{os.getpid()}.json"
+        noted = self.folder / f"server-{os.getpid()}-{socket.gethostname()}.json"
         self.stack.callback(noted.unlink, missing_ok=True)
         noted.write_text(
             json.dumps({"server": process, "began": psutil.Process(process).create_time()}), encoding="utf-8"
@@ -103,8 +104,8 @@ class Own:
 def end_orphans(folder: Path) -> None:
     """End servers whose batch was killed on this machine; they are known by number and the time of their start."""
     for noted in folder.glob("server-*.json"):
-        owner = int(noted.stem.removeprefix("server-"))
-        if psutil.pid_exists(owner):
+        _, owner, machine = noted.stem.split("-", 2)
+        if machine != socket.gethostname() or psutil.pid_exists(int(owner)):
             continue
         with suppress(psutil.Error, ValueError, KeyError):
             told = json.loads(noted.read_text(encoding="utf-8"))
@@ -387,11 +388,15 @@ def by_ray(args: argparse.Namespace, folder: Path) -> int:
     ledger = Ledger(folder / "jobs.sqlite", args.tries, args.shard)
     try:
         workers = [actor.remote() for _ in range(max(gpus, 1))]
-        pending, ended = [worker.work.remote(str(run.PROJECT), command) for worker in workers], []
+        pending = {worker.work.remote(str(run.PROJECT), command): worker for worker in workers}
+        del workers
+        ended = []
         with tqdm(unit="job", disable=None) as bar:
             while pending:
-                done, pending = ray.wait(pending, timeout=WAIT)
-                ended += done
+                done, _ = ray.wait(list(pending), timeout=WAIT)
+                for each in done:
+                    ended.append(each)
+                    del pending[each]  # frees its GPU, for a worker whose machine does not come back
                 counts = ledger.counts()
                 bar.total, bar.n = sum(counts.values()) - counts.get("dropped", 0), counts.get("done", 0)
                 bar.refresh()

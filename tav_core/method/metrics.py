@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 MOVES = 0.5  # pixels from which on a pixel of the source counts as moving
-SEEN_AGAIN = 5.0  # of 255: difference up to which the source's own flow finds a pixel of it again
+SEEN_AGAIN = 5.0  # of 255: difference in grey up to which the source's own flow finds a pixel of it again
 LEAST_SEEN = 0.7  # share of such pixels below which a pair of frames says nothing
 WINDOW, SIGMA = 11, 1.5  # of structural similarity
 
@@ -35,7 +35,7 @@ def flicker(pictures: Tensor) -> Tensor:
 
 
 def sharpness(pictures: Tensor) -> Tensor:
-    """Variance of the Laplacian of the brightness in 0 … 255, [f] (Pech-Pacheco et al., ICPR 2000)."""
+    """Variance of the Laplacian of the brightness in 0 … 255, not rounded, [f] (Pech-Pacheco et al., ICPR 2000)."""
     padded = F.pad(255 * luma(pictures)[:, None], (1, 1, 1, 1), mode="reflect")
     kernel = padded.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
     return F.conv2d(padded, kernel[None, None]).flatten(1).var(1, correction=0)
@@ -45,7 +45,8 @@ def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB, [n], of each picture, [n, …] in 0 … 1; infinite where they are equal.
 
     Args:
-        where: bool [n, h, w], the pixels that count; NaN for a picture of which none does.
+        where: bool [n, h, w], the pixels that count; NaN for a picture of which none does. PIE-Bench (arXiv 2310.01506)
+            counts the others as equal, so its background's is 10 log10(all / counted) dB higher.
     """
     error = (a - b).square()
     if where is None:
@@ -112,7 +113,7 @@ def flow_cosine(source: Tensor, edit: Tensor) -> Tensor:
 
 
 def warp_difference(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
-    """Largest difference of a channel, in 0 … 255, between a frame and what the one before it says of it, [f, h, w].
+    """Difference of each channel, in 0 … 255, between a frame and what the one before it says of it, [f, h, w, 3].
 
     Args:
         before, after: pictures, [f, h, w, 3].
@@ -125,19 +126,21 @@ def warp_difference(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
     at = flow + torch.stack([x, y], -1)
     at = 2 * at / at.new_tensor([width - 1, height - 1]) - 1
     warped = F.grid_sample(before.movedim(-1, 1), at, padding_mode="border", align_corners=True).movedim(1, -1)
-    outside = (at.abs() > 1).any(-1)
-    return 255 * (warped - after).abs().amax(-1).masked_fill(outside, torch.nan)
+    outside = (at.abs() > 1).any(-1, keepdim=True)
+    return 255 * (warped - after).abs().masked_fill(outside, torch.nan)
 
 
 def warp_error(source: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the edit's and the source's `warp_difference`, by the source's flow, where that holds: both [f].
+    """Of the edit and the source, the mean largest `warp_difference` of a channel where the source's flow holds: [f].
 
-    EditBoard's FF-alpha (arXiv 2409.09668), there by Farneback's flow at 512 x 512: pixels that the source's own flow
-    finds again within 5 of 255; NaN for a pair in which these are fewer than 70 %.
+    EditBoard's FF-alpha (arXiv 2409.09668), of the pixels that the source's own flow finds again, within 5 of 255 in
+    grey. NaN for a pair of frames in which these are fewer than 70 %; there the whole clip is then 0. Its flow is
+    Farneback's at 512 x 512, from a frame to the next, with its sign turned; ours leads back from the next frame.
     """
-    seen = source <= SEEN_AGAIN  # false for NaN
+    seen = luma(source).round() <= SEEN_AGAIN  # false for NaN
     share = seen.flatten(1).float().mean(1)
-    means = [(x.nan_to_num() * seen).flatten(1).sum(1) / seen.flatten(1).sum(1) for x in (edit, source)]
+    largest = (x.amax(-1).nan_to_num() * seen for x in (edit, source))
+    means = (x.flatten(1).sum(1) / seen.flatten(1).sum(1) for x in largest)
     edit_mean, source_mean = (mean.masked_fill(share < LEAST_SEEN, torch.nan) for mean in means)
     return edit_mean, source_mean
 
