@@ -60,5 +60,5 @@ def test_an_evaluation_of_long_clips_runs_and_is_kept(studio, tmp_path, monkeypa
     }
     monkeypatch.setattr(long, "run", None)  # what is kept is not computed again
     assert long.evaluate(studio, tmp_path) == verdict and capsys.readouterr().out == table
-    monkeypatch.setattr(long, "BOUNDS", {"joins": 0.0, "largest": 100.0, "drift": 100.0})
+    monkeypatch.setattr(long, "BOUNDS", {"joins": 0.0, "largest": 100.0, "drift_background": 100.0})
     assert long.evaluate(studio, tmp_path).startswith("out of its bounds: joins ")
