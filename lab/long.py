@@ -34,7 +34,7 @@ HEADS = ("object", "background")
 SHORT, STEPS = replace(RECIPE, steps=150), 20
 CUT = Windows(16, 4)
 WAYS = {"whole clip at once": WHOLE, "windows of 16, overlap 4": CUT}
-# What windows may do, as a part of the figure of the whole clip at once: at the same frames, for a clip has its own jumps.
+# What windows may do, as a part of the whole clip's figure at the same frames, for a clip has jumps of its own.
 BOUNDS = {"joins": 1.1, "largest": 1.1, "drift_background": 1.5}
 
 
