@@ -1,6 +1,7 @@
 """Batches: jobs files, the ledger, and runs that are killed, on a small server that answers as ComfyUI does."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -395,6 +396,39 @@ def test_what_fails_is_said_and_the_rest_is_done(file, monkeypatch, tmp_path):
         "Prompt: it is bad": 2,
         "not taken": 1,
     }
+
+
+@pytest.mark.parametrize("of", ["results", "the ledger"])
+def test_a_full_disk_costs_an_attempt(file, undisturbed, monkeypatch, tmp_path, capsys, of):
+    """The worker ends and says so; the same command goes on where there is room again."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with fake() as address, monkeypatch.context() as patch:
+        if of == "results":
+            own, written = results.write_whole, []
+
+            def write_whole(path, content):
+                written.append(path)
+                if len(written) == 7:  # the fourth job's: of each a text, and what stands for its contact sheet
+                    raise full
+                own(path, content)
+
+            patch.setattr(results, "write_whole", write_whole)
+        else:
+            patch.setattr(Ledger, "done", lambda *_args, **_more: raise_(full))
+            patch.setattr(Ledger, "failed", lambda *_args: raise_(full))
+        assert run_batch(monkeypatch, file, "--server", address) == 1
+        said = capsys.readouterr()
+        assert "ends: [Errno 28] No space left on device. Run the same command again" in said.out + said.err
+        ledger = Ledger(tmp_path / "jobs-results" / "jobs.sqlite")
+        assert max(row["attempt"] for row in ledger.rows()) <= 1 and ledger.counts().get("done", 0) < 12
+        assert "failed" not in ledger.counts()
+        patch.undo()
+        assert run_batch(monkeypatch, file, "--server", address) == 0
+    assert table(tmp_path / "jobs-results") == table(undisturbed)
+
+
+def raise_(error):
+    raise error
 
 
 def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file, undisturbed, monkeypatch, tmp_path):

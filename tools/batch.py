@@ -9,6 +9,7 @@ done stays, the rest goes on. Results, with results.csv and index.html, are in F
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -33,6 +34,7 @@ BEAT = 15.0  # seconds between signs of life
 REPORT = 30.0  # seconds between writing the results
 WAIT = 5.0  # seconds, where others are still at work
 PATIENCE = 300.0  # seconds that a server may be away
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Lost(Exception):
@@ -175,7 +177,15 @@ class Batch:
         self.reported = 0.0
 
     def work(self, worker: str, server: Running | Own) -> None:
-        """Take jobs until none is left for this worker, or its server is lost."""
+        """Take jobs until none is left for this worker, its server is lost, or results cannot be written."""
+        try:
+            self._jobs_of(worker, server)
+        except OSError as error:
+            with suppress(OSError):
+                self.ledger.release(worker)
+            tqdm.write(f"{worker} ends: {error}. Run the same command again once that is mended; what is done stays.")
+
+    def _jobs_of(self, worker: str, server: Running | Own) -> None:
         tune = -1
         while not self.stopping.is_set():
             try:
@@ -212,6 +222,8 @@ class Batch:
             again = not isinstance(error, Refused)  # what a server does not take once it never takes
             self.ledger.failed(job.id, worker, text, again)
             tqdm.write(f"{job.id} {'failed' if not again else 'went wrong'}: {text}")
+            if isinstance(error, OSError) and error.errno in FULL:  # nor would the next one's results find room
+                raise
         finally:
             self.active.pop(worker, None)
 
@@ -264,7 +276,8 @@ class Batch:
 
         def beat() -> None:
             while not end.wait(BEAT):
-                self.ledger.beat(workers)
+                with suppress(OSError):  # a full disk ends the workers, which say so
+                    self.ledger.beat(workers)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

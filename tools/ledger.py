@@ -57,16 +57,22 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A transaction of its own: another process waits for its end, and sees all of it or nothing."""
-        with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as db:
-            db.row_factory = sqlite3.Row
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+        """A transaction of its own: another process waits for its end, and sees all of it or nothing.
+
+        Raises OSError when the file cannot be written.
+        """
+        try:
+            with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as db:
+                db.row_factory = sqlite3.Row
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                except BaseException:
+                    db.execute("ROLLBACK")
+                    raise
+                db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.file} cannot be written: {error}") from None
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Note these jobs: new ones wait, done ones stay, failed ones are tried anew, those that are gone are dropped.
