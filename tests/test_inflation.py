@@ -1,13 +1,18 @@
 """The inflated UNet inside the host: what it computes, and that nothing else in the graph notices."""
 
 import copy
+from contextlib import contextmanager
 
 import comfy.model_management
 import pytest
 import torch
+from einops import rearrange
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.inflation import TemporalLayers
+from tune_a_video.tav_core.method.windows import WHOLE, Windows
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.network import TrainingUNet
 
 
 def sample(core, model, prompts, latent, cfg=3.0, seed=7):
@@ -138,6 +143,60 @@ def test_nothing_stays_attached_after_an_error(core, model, prompts, clip, uncha
         with pytest.raises(Stop):
             sample(core, broken, prompts, clip)
     assert torch.isfinite(sample(core, video_model, prompts, clip)).all()
+
+
+def attended(attn1, x, frames, seen):
+    """A reader's self-attention, `(b f) n c`, in float64: frame i attends to those of `seen(i)`, in equal measure."""
+    weights = [layer.weight.double() for layer in (attn1.to_q, attn1.to_k, attn1.to_v)]
+    q, k, v = (rearrange(x.double() @ w.T, "(b f) n (h d) -> b f h n d", f=frames, h=attn1.heads) for w in weights)
+    out = []
+    for i in range(frames):
+        keys, values = (torch.cat([t[:, j] for j in seen(i)], dim=2) for t in (k, v))
+        scores = q[:, i] @ keys.mT / q.shape[-1] ** 0.5
+        out.append(rearrange(scores.softmax(-1) @ values, "b h n d -> b n (h d)"))
+    project = attn1.to_out[0]
+    return torch.stack(out, 1).flatten(0, 1) @ project.weight.double().T + project.bias.double()
+
+
+@contextmanager
+def noted(unet):
+    """Every self-attention of a UNet inside this block: the module, what it was given and what it gave."""
+    calls, handles = [], []
+    for block in host.parts_of(unet).blocks.values():
+        note = lambda attn1, args, out: calls.append((attn1, args[0].detach(), out.detach()))  # noqa: E731
+        handles.append(block.attn1.register_forward_hook(note))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+SEEN = {"first_previous": lambda i: {0, max(i - 1, 0)}, "first_own_previous": lambda i: {0, i, max(i - 1, 0)}}
+
+
+@pytest.mark.parametrize("attends", SEEN)
+def test_a_frame_that_is_named_twice_counts_once(model, prompts, clip, attends):
+    """Frame 0 is both the first and the previous of frame 1: in training as in sampling, whole and in windows."""
+
+    def check(calls, frames):
+        assert len(calls) >= 4
+        for attn1, given, out in calls:
+            expected = attended(attn1, given, frames, SEEN[attends])
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+    for windows in (WHOLE, Windows(4, 1)):
+        video = host.inflate(model, "video", windows, attends)
+        with torch.inference_mode(), noted(model.model.diffusion_model) as calls:
+            inverted, _noise, _sigmas = editing.invert(video, clip, prompts[0], 1)
+            editing.sample_video(video, inverted, prompts[1], prompts[0], 1, 3.0)
+            check(calls, windows.at_once(len(clip["samples"])))
+    network = TrainingUNet(host.video_of(video), 5, "fp32", "nothing", prompts[1][0][0].clone())
+    with noted(network.unet) as calls:
+        network(clip["samples"].clone(), torch.tensor(500)).square().mean().backward()
+        with torch.no_grad():
+            check(calls, 5)
+    assert all(parameter.grad is not None for parameter in network.trainable.values())
 
 
 def test_a_node_that_cuts_frames_before_attention_is_named(core, model, prompts, clip):
