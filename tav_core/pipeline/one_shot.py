@@ -276,9 +276,10 @@ class _Tune:
 
         def after_step(step: Step) -> None:
             self.on_step(step)
-            if step.number % self.saving.every == 0:
+            early = self.run is not None and self.saving.early and step.number in self.early
+            if early or step.number % self.saving.every == 0:
                 self.save(training)
-            if self.run is not None and self.saving.early and step.number in self.early:
+            if early:  # after a save: early ones stay for as long as their run has a state
                 self.keep(training)
             if step.number == self.saving.use:
                 self.used = replace(self.result(training), recipe=replace(self.recipe, steps=step.number))
