@@ -7,6 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 from einops import rearrange
+from host_node import outputs_of
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.inflation import TemporalLayers
@@ -22,13 +23,6 @@ def sample(core, model, prompts, latent, cfg=3.0, seed=7):
             model, seed, 3, cfg, "euler", "normal", prompts[1], prompts[0], latent, denoise=1.0
         )
     return out["samples"]
-
-
-def run(node, **inputs):
-    """Outputs of a core node, by its defaults where nothing else is said; older ones return a tuple."""
-    defaults = {entry.id: getattr(entry, "default", None) for entry in node.define_schema().inputs}
-    out = node.execute(**{**defaults, **inputs})
-    return getattr(out, "args", out)
 
 
 def with_random_temporal_layers(model, group_norm="video", seed=3):
@@ -200,20 +194,24 @@ def test_a_frame_that_is_named_twice_counts_once(model, prompts, clip, attends):
 
 
 def test_a_node_that_cuts_frames_before_attention_is_named(core, model, prompts, clip):
-    (tiled,) = run(core["HyperTile"], model=host.inflate(model, "video"), tile_size=32, swap_size=1)
+    (tiled,) = outputs_of(core["HyperTile"], model=host.inflate(model, "video"), tile_size=32, swap_size=1)
     latent = {"samples": torch.randn(5, 4, 16, 16)}
     with pytest.raises(ValueError, match="HyperTile"):
         sample(core, tiled, prompts, latent)
 
 
 def test_context_windows_are_refused_by_core_samplers_too(core, model, prompts, clip):
-    def windowed(length):
+    def windowed(length, own=WHOLE):
         options = {"context_length": length, "context_overlap": 1, "context_schedule": "standard_static"}
-        return run(core["ContextWindowsManual"], model=host.inflate(model, "video"), **options)[0]
+        return outputs_of(core["ContextWindowsManual"], model=host.inflate(model, "video", own), **options)[0]
 
-    with pytest.raises(ValueError, match="context windows would cut the video"):
-        sample(core, windowed(4), prompts, clip)
+    refused = "context windows would cut the video.* Remove the context windows node .* set window in Inflate UNet"
+    for own in (WHOLE, Windows(4, 1)):
+        with pytest.raises(ValueError, match=refused):
+            sample(core, windowed(4, own), prompts, clip)
     assert torch.isfinite(sample(core, windowed(5), prompts, clip)).all()
+    # The way that the message names.
+    assert torch.isfinite(sample(core, host.inflate(model, "video", Windows(4, 1)), prompts, clip)).all()
 
 
 def test_temporal_layers_are_loaded_and_offloaded_by_the_host(core, model, prompts, clip):
