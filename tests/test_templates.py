@@ -179,6 +179,13 @@ def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kep
     assert set(run(server, {**workflow, "nodes": unmuted})) == {"edit"}
 
 
+def test_an_early_step_is_of_the_same_tune_which_runs_once(server):
+    name, before = "12-Choose how long to tune", len(server.log())
+    run(server, WORKFLOWS[name], seed=8, **STEPS[name])
+    said = server.log()[before:]
+    assert said.count("Tune-A-Video: tuning ") == said.count("Tune-A-Video: used: the weights of step 1") == 1
+
+
 def test_a_personalised_checkpoint_takes_over_the_motion(server):
     write_checkpoint(server.base / "models" / "checkpoints" / "sd15.ckpt")
     video = server.upload(PROJECT / "lab" / "quickstart.mp4")
