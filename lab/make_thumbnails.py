@@ -22,6 +22,8 @@ from .make_quickstart import FILE, FPS
 from .sheet import picture
 
 FOLDER = job.PROJECT / "example_workflows"
+QUALITY = 45  # of WebP: a clip is 128 pixels wide, and drawn in flat colours
+FRAMES = 8  # of a thumbnail; of a longer clip it shows so many, evenly spread
 # The demo's values where the user's own are expected, by the kind or the title of a node.
 DEMO = {
     "TAVLoadClip": {"count": 8, "stride": 1, "width": 128, "height": 128},
@@ -67,6 +69,7 @@ def clips_of(comfy: Comfy, name: str, workflow: dict[str, Any]) -> dict[str, Ten
 def thumbnail(clips: dict[str, Tensor]) -> list[Image.Image]:
     """Frames of the clips side by side, under their titles. The middle comes first: a still picture shows it."""
     together = side_by_side(clips, list(clips) if len(clips) > 1 else ())
+    together = together[:: max(len(together) // FRAMES, 1)]
     return [picture(frame) for frame in together.roll(-(len(together) // 2), 0)]
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         first, *rest = thumbnail(clips_of(Comfy(address), name, workflow))
         animated = {"save_all": True, "append_images": rest, "duration": round(1000 / FPS), "loop": 0}
-        first.save(FOLDER / f"{name}.jpg", "WEBP", quality=85, method=6, **animated)
+        first.save(FOLDER / f"{name}.jpg", "WEBP", quality=QUALITY, method=6, **animated)
         print(name, flush=True)
 
 

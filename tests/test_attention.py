@@ -2,13 +2,13 @@
 
 from functools import partial
 
+import comfy.ldm.modules.attention
 import pytest
 import torch
 from tune_a_video.tav_core.method.attention import (
     ATTENDS,
     SparseCausal,
     TemporalAttention,
-    attended,
     sdpa,
     sparse_causal,
     wide_heads,
@@ -61,34 +61,74 @@ def test_keys_given_twice_are_left_out(frames, videos):
 
 FRAMES_OF = {
     "first_previous": lambda i, frames: [0, max(i - 1, 0)],
-    "first_own_previous": lambda i, frames: [0, i, max(i - 1, 0)],
+    "first_own_previous": lambda i, frames: sorted({0, i, max(i - 1, 0)}),  # each once
     "all": lambda i, frames: range(frames),
     "own": lambda i, frames: [i],
 }
 
 
-@pytest.mark.parametrize("attends", ATTENDS)
-@pytest.mark.parametrize("frames", [1, 2, 3, 5])
-def test_each_frame_attends_to_the_frames_it_should(attends, frames):
-    q, k, v = torch.randn(3, 2 * frames, 4, DIM, dtype=torch.float64)
-    attention = SparseCausal(frames, attends)
-    out = attention.attend(sdpa, q, attention.keys(k), attention.values(v), HEADS)
-    plain = sdpa(q, attended(k, frames, attends), attended(v, frames, attends), HEADS)
+def read(q, k, v, frames, attends):
+    """What attention gives for two videos, frame by frame."""
+    out = []
     for video in range(2):
         for frame in range(frames):
             seen = [video * frames + other for other in FRAMES_OF[attends](frame, frames)]
-            expected = naive(q[video * frames + frame], torch.cat([*k[seen]]), torch.cat([*v[seen]]))
-            torch.testing.assert_close(out[video * frames + frame], expected)
-            torch.testing.assert_close(plain[video * frames + frame], expected)
+            out.append(naive(q[video * frames + frame], torch.cat([*k[seen]]), torch.cat([*v[seen]])))
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("attends", ATTENDS)
-def test_a_node_in_place_of_the_attention_sees_all_that_is_attended_to(attends):
-    q, k, v = torch.randn(3, 5, 4, DIM, dtype=torch.float64)
-    attention = SparseCausal(5, attends)
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_each_frame_attends_to_the_frames_it_should(attends, frames):
+    inputs = [t.requires_grad_() for t in torch.randn(3, 2 * frames, 4, DIM, dtype=torch.float64)]
+    q, k, v = inputs
+    attention = SparseCausal(frames, attends)
+    out = attention.attend(sdpa, q, attention.keys(k), attention.values(v), HEADS)
+    expected = read(q, k, v, frames, attends)
+    torch.testing.assert_close(out, expected)
+    gradients = [torch.autograd.grad(result.square().sum(), inputs) for result in (out, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_a_node_in_place_of_the_attention_sees_all_that_is_attended_to(attends, frames):
+    q, k, v = torch.randn(3, 2 * frames, 4, DIM, dtype=torch.float64)
+    attention = SparseCausal(frames, attends)
     replaced = attention.replaced(lambda q, k, v: sdpa(q, k, v, HEADS))
-    expected = sdpa(q, attended(k, 5, attends), attended(v, 5, attends), HEADS)
-    torch.testing.assert_close(replaced(q, attention.keys(k), attention.values(v)), expected)
+    out = replaced(q, attention.keys(k), attention.values(v))
+    torch.testing.assert_close(out, read(q, k, v, frames, attends))
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+@pytest.mark.parametrize("frames", [2, 5])
+def test_a_node_that_gives_back_the_values_gets_each_frames_own(attends, frames):
+    """As perturbed attention guidance does."""
+    q, k, v = torch.randn(3, 2 * frames, 4, DIM)
+    attention = SparseCausal(frames, attends)
+    replaced = attention.replaced(lambda _q, _k, v: v)
+    assert torch.equal(replaced(q, attention.keys(k), attention.values(v)), v)
+
+
+def test_the_papers_attention_is_these_two_calls_to_the_bit():
+    """Frames 0 and 1 together on frame 0's keys; the others on those of the first and the previous frame."""
+    q, k, v = torch.randn(3, 5, 4, DIM)
+    attention = SparseCausal(5)
+    early = sdpa(q[:2].flatten(0, 1)[None], k[:1], v[:1], HEADS)[0].unflatten(0, (2, 4))
+    keys, values = (torch.cat([t[:1].expand_as(t[2:]), t[1:-1]], dim=1) for t in (k, v))
+    out = attention.attend(sdpa, q, attention.keys(k), attention.values(v), HEADS)
+    assert torch.equal(out, torch.cat([early, sdpa(q[2:], keys, values, HEADS)]))
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+@pytest.mark.parametrize("name", ["basic", "sub_quad", "split", "pytorch"])
+def test_whichever_attention_the_host_chose_computes_the_same(attends, name):
+    function = getattr(comfy.ldm.modules.attention, f"attention_{name}")
+    q, k, v = torch.randn(3, 2 * 5, 4, DIM)
+    attention = SparseCausal(5, attends)
+    out = attention.attend(function, q, attention.keys(k), attention.values(v), HEADS)
+    expected = read(*(t.double() for t in (q, k, v)), 5, attends)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_frames_are_not_copied_for_each():
@@ -97,9 +137,10 @@ def test_all_frames_are_not_copied_for_each():
     assert attention.keys(k) is k and attention.values(k) is k
 
 
-def test_a_node_that_computes_attention_by_itself_is_noticed_where_all_are_attended_to():
+@pytest.mark.parametrize("attends", ["all", "first_own_previous"])
+def test_a_node_that_computes_attention_by_itself_is_noticed_where_keys_are_put_together_later(attends):
     q, k, v = torch.randn(3, 5, 4, DIM)
-    attention = SparseCausal(5, "all")
+    attention = SparseCausal(5, attends)
     sdpa(q, attention.keys(k), attention.values(v), HEADS)
     with pytest.raises(ValueError, match="another node computes self-attention by itself.*set attends to"):
         attention.keys(k)

@@ -1,8 +1,10 @@
+import measure
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tune_a_video.tav_core.pictures.clip import FITS, prepare_clip
+from tune_a_video.tav_core.pictures.image import AT_ONCE
 
 VIDEO = torch.rand(12, 20, 30, 3, generator=torch.Generator().manual_seed(0))
 
@@ -56,3 +58,11 @@ def test_sizes_must_be_multiples_of_eight(width, advice):
 def test_no_frames():
     with pytest.raises(ValueError, match="there are no frames"):
         prepare_clip(VIDEO[:0], 0, 1, 1, 8, 8, "crop")
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_long_clip_takes_no_more_than_itself_and_a_few_frames(fit):
+    video = torch.rand(240, 40, 30, 3)
+    clip = []
+    taken = measure.peak(torch.device("cpu"), lambda: clip.append(prepare_clip(video, 0, 1, 240, 32, 32, fit)))
+    assert clip[0].nbytes <= taken < clip[0].nbytes + 6 * clip[0][:AT_ONCE].nbytes  # whole: as much again

@@ -1,5 +1,6 @@
 """Compare Videos: what lies where, pixel by pixel."""
 
+import measure
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from PIL import Image
 from tune_a_video.nodes.compare import CompareVideos
 from tune_a_video.tav_core.pictures import lettering
 from tune_a_video.tav_core.pictures.compare import GAP, LARGEST, side_by_side
+from tune_a_video.tav_core.pictures.image import AT_ONCE
 
 
 def clip(frames=3, height=16, width=24, channels=3, seed=0):
@@ -143,6 +145,15 @@ def test_bad_clips_are_named():
         side_by_side({"video_1": torch.zeros(2, 8, 8, 3), "video_2": torch.full((2, 8, 8, 3), torch.nan)})
     with pytest.raises(ValueError, match=f"pixels wide side by side, and a video holds {LARGEST} at most"):
         compare(clip(1, 1024, 1), clip(1, 1, 17))
+
+
+@pytest.mark.parametrize("height", [32, 48])  # as it is, and brought to the first clip's height
+@pytest.mark.parametrize("channels", [3, 4])
+def test_long_clips_take_no_more_than_their_comparison_and_a_few_frames(height, channels):
+    clips = [clip(240, 32, 32), clip(240, height, height, channels)]
+    taken = measure.peak(torch.device("cpu"), lambda: compare(*clips))
+    out = compare(*clips).nbytes
+    assert out <= taken < out + 4 * clips[1][:AT_ONCE].nbytes  # whole: two or three times all frames
 
 
 def test_the_node_takes_videos_with_gaps():

@@ -6,6 +6,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from host_node import outputs_of
 from small import TINY
 from tune_a_video.nodes import DDIMInvert, InflateUNet, OneShotTune, PrepareClip, SampleVideo
 from tune_a_video.tav_core import host
@@ -183,8 +184,15 @@ def test_recipe_out_of_range(tune):
         tune(learning_rate=2)
 
 
-def test_context_windows(node, inflated):
-    windowed = inflated.clone()
-    windowed.model_options["context_handler"] = type("Handler", (), {"dim": 0, "context_length": 3})()
-    with pytest.raises(ValueError, match="context windows would cut the video"):
-        node(model=windowed)
+@pytest.mark.parametrize("before", [False, True])  # in front of Inflate UNet, where it stays on the MODEL
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "looped_uniform", "batched"])
+def test_context_windows(node, core, model, before, schedule):
+    def windowed(model):
+        options = {"context_length": 3, "context_overlap": 1, "context_schedule": schedule}
+        return outputs_of(core["ContextWindowsManual"], model=model, **options)[0]
+
+    video = host.inflate(windowed(model), "video") if before else windowed(host.inflate(model, "video"))
+    with pytest.raises(
+        ValueError, match="context windows would cut .* Remove the context windows node .* set window in Inflate UNet"
+    ):
+        node(model=video)

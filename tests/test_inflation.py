@@ -1,13 +1,19 @@
 """The inflated UNet inside the host: what it computes, and that nothing else in the graph notices."""
 
 import copy
+from contextlib import contextmanager
 
 import comfy.model_management
 import pytest
 import torch
+from einops import rearrange
+from host_node import outputs_of
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.inflation import TemporalLayers
+from tune_a_video.tav_core.method.windows import WHOLE, Windows
+from tune_a_video.tav_core.pipeline import editing
+from tune_a_video.tav_core.pipeline.network import TrainingUNet
 
 
 def sample(core, model, prompts, latent, cfg=3.0, seed=7):
@@ -17,13 +23,6 @@ def sample(core, model, prompts, latent, cfg=3.0, seed=7):
             model, seed, 3, cfg, "euler", "normal", prompts[1], prompts[0], latent, denoise=1.0
         )
     return out["samples"]
-
-
-def run(node, **inputs):
-    """Outputs of a core node, by its defaults where nothing else is said; older ones return a tuple."""
-    defaults = {entry.id: getattr(entry, "default", None) for entry in node.define_schema().inputs}
-    out = node.execute(**{**defaults, **inputs})
-    return getattr(out, "args", out)
 
 
 def with_random_temporal_layers(model, group_norm="video", seed=3):
@@ -140,21 +139,79 @@ def test_nothing_stays_attached_after_an_error(core, model, prompts, clip, uncha
     assert torch.isfinite(sample(core, video_model, prompts, clip)).all()
 
 
+def attended(attn1, x, frames, seen):
+    """A reader's self-attention, `(b f) n c`, in float64: frame i attends to those of `seen(i)`, in equal measure."""
+    weights = [layer.weight.double() for layer in (attn1.to_q, attn1.to_k, attn1.to_v)]
+    q, k, v = (rearrange(x.double() @ w.T, "(b f) n (h d) -> b f h n d", f=frames, h=attn1.heads) for w in weights)
+    out = []
+    for i in range(frames):
+        keys, values = (torch.cat([t[:, j] for j in seen(i)], dim=2) for t in (k, v))
+        scores = q[:, i] @ keys.mT / q.shape[-1] ** 0.5
+        out.append(rearrange(scores.softmax(-1) @ values, "b h n d -> b n (h d)"))
+    project = attn1.to_out[0]
+    return torch.stack(out, 1).flatten(0, 1) @ project.weight.double().T + project.bias.double()
+
+
+@contextmanager
+def noted(unet):
+    """Every self-attention of a UNet inside this block: the module, what it was given and what it gave."""
+    calls, handles = [], []
+    for block in host.parts_of(unet).blocks.values():
+        note = lambda attn1, args, out: calls.append((attn1, args[0].detach(), out.detach()))  # noqa: E731
+        handles.append(block.attn1.register_forward_hook(note))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+SEEN = {"first_previous": lambda i: {0, max(i - 1, 0)}, "first_own_previous": lambda i: {0, i, max(i - 1, 0)}}
+
+
+@pytest.mark.parametrize("attends", SEEN)
+def test_a_frame_that_is_named_twice_counts_once(model, prompts, clip, attends):
+    """Frame 0 is both the first and the previous of frame 1: in training as in sampling, whole and in windows."""
+
+    def check(calls, frames):
+        assert len(calls) >= 4
+        for attn1, given, out in calls:
+            expected = attended(attn1, given, frames, SEEN[attends])
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+    for windows in (WHOLE, Windows(4, 1)):
+        video = host.inflate(model, "video", windows, attends)
+        with torch.inference_mode(), noted(model.model.diffusion_model) as calls:
+            inverted, _noise, _sigmas = editing.invert(video, clip, prompts[0], 1)
+            editing.sample_video(video, inverted, prompts[1], prompts[0], 1, 3.0)
+            check(calls, windows.at_once(len(clip["samples"])))
+    network = TrainingUNet(host.video_of(video), 5, "fp32", "nothing", prompts[1][0][0].clone())
+    with noted(network.unet) as calls:
+        network(clip["samples"].clone(), torch.tensor(500)).square().mean().backward()
+        with torch.no_grad():
+            check(calls, 5)
+    assert all(parameter.grad is not None for parameter in network.trainable.values())
+
+
 def test_a_node_that_cuts_frames_before_attention_is_named(core, model, prompts, clip):
-    (tiled,) = run(core["HyperTile"], model=host.inflate(model, "video"), tile_size=32, swap_size=1)
+    (tiled,) = outputs_of(core["HyperTile"], model=host.inflate(model, "video"), tile_size=32, swap_size=1)
     latent = {"samples": torch.randn(5, 4, 16, 16)}
     with pytest.raises(ValueError, match="HyperTile"):
         sample(core, tiled, prompts, latent)
 
 
 def test_context_windows_are_refused_by_core_samplers_too(core, model, prompts, clip):
-    def windowed(length):
+    def windowed(length, own=WHOLE):
         options = {"context_length": length, "context_overlap": 1, "context_schedule": "standard_static"}
-        return run(core["ContextWindowsManual"], model=host.inflate(model, "video"), **options)[0]
+        return outputs_of(core["ContextWindowsManual"], model=host.inflate(model, "video", own), **options)[0]
 
-    with pytest.raises(ValueError, match="context windows would cut the video"):
-        sample(core, windowed(4), prompts, clip)
+    refused = "context windows would cut the video.* Remove the context windows node .* set window in Inflate UNet"
+    for own in (WHOLE, Windows(4, 1)):
+        with pytest.raises(ValueError, match=refused):
+            sample(core, windowed(4, own), prompts, clip)
     assert torch.isfinite(sample(core, windowed(5), prompts, clip)).all()
+    # The way that the message names.
+    assert torch.isfinite(sample(core, host.inflate(model, "video", Windows(4, 1)), prompts, clip)).all()
 
 
 def test_temporal_layers_are_loaded_and_offloaded_by_the_host(core, model, prompts, clip):

@@ -12,11 +12,17 @@ from prompts import change
 from tune_a_video.lab import job
 from tune_a_video.tools.api import to_api
 
-FILES = sorted((PROJECT / "example_workflows").glob("*.json"))
+FILES = sorted((PROJECT / "example_workflows").glob("*.json"), key=lambda file: int(file.stem.partition("-")[0]))
 WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TITLE = 30  # pixels of a node's title, above its position
 # How much of its width a node grows by when it shows a picture or a video.
-PICTURES = {"TAVOneShotTune": 0.7, "TAVDDIMInvert": 1.05, "TAVSampleVideo": 1.05, "SaveVideo": 1.05}
+PICTURES = {
+    "TAVOneShotTune": 0.7,
+    "TAVDDIMInvert": 1.05,
+    "TAVFindMask": 1.05,
+    "TAVSampleVideo": 1.05,
+    "SaveVideo": 1.05,
+}
 OUTPUTS = {
     "1-Quickstart": {"source", "reconstruction", "object", "background", "style"},
     "3-Change the object": {"source", "edit"},
@@ -25,7 +31,13 @@ OUTPUTS = {
     "7-Compare edits": {"comparison"},
     "6-Many edits from one tuning": {"edits"},
     "8-Use tuned weights again": set(),  # its second part, see below
+    "10-Keep the background": {"comparison"},
+    "11-Guidance that falls": {"comparison"},
+    "12-Choose how long to tune": {"comparison"},
+    "13-Long clip": {"comparison"},
 }
+LENGTHS = {"13-Long clip": 32}  # frames; of the others 8
+STEPS = {"12-Choose how long to tune": {"steps": 2, "validation_every": 1}}  # one of which is early; of the others 1
 OWN = {"2-Your own video", "9-Another checkpoint"}  # for the user's checkpoint and video
 
 
@@ -36,9 +48,12 @@ def server(tmp_path_factory):
 
 
 def run(server, workflow, **changes):
-    """Run it with one step everywhere; returns the videos by their titles."""
+    """Run it with one step everywhere, or few; returns the videos by their titles."""
     prompt = to_api(workflow, server.get("/object_info"))
     change(prompt, **{"steps": 1, **changes})
+    for entry in prompt.values():
+        if entry["inputs"].get("use_step"):
+            entry["inputs"]["use_step"] = 1
     videos, _seconds = job.run(server, prompt)
     return videos
 
@@ -69,7 +84,8 @@ def test_it_is_whole_and_laid_out_without_overlaps(server, workflow):
 def test_nodes_are_small_and_there_is_room_for_their_pictures(workflow):
     """Previews are off by default: a node with room inside for one would stay black."""
     nodes = workflow["nodes"]
-    most = {kind: 200 for kind in PICTURES} | {"TAVSampleVideo": 300, "TAVOneShotTune": np.inf}  # by their inputs
+    by_inputs = {"TAVSampleVideo": 300, "TAVFindMask": 320, "TAVOneShotTune": np.inf}
+    most = {kind: 200 for kind in PICTURES} | by_inputs
     assert all(node["size"][1] <= most.get(node["type"], np.inf) for node in nodes)
     boxes = [box(node, PICTURES.get(node["type"], 0) * node["size"][0]) for node in nodes]
     assert not [(a, b) for a in boxes for b in boxes if a < b and overlap(a, b)]
@@ -129,7 +145,7 @@ def test_it_has_a_small_thumbnail_that_moves(file):
 
 def test_cards_show_names_to_read_in_an_order_that_shows():
     """A card's title is the file's name, and cards come in the order in which the file system lists them."""
-    names = [re.fullmatch(r"(\d)-([A-Z][a-z]+( [a-z]+)*)", file.stem) for file in FILES]
+    names = [re.fullmatch(r"(\d+)-([A-Z][a-z]+( [a-z]+)*)", file.stem) for file in FILES]
     assert [int(name[1]) for name in names] == list(range(1, len(FILES) + 1))
 
 
@@ -150,10 +166,10 @@ def test_each_is_run_here():
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_on_the_demos_model_it_runs_as_it_is(server, name):
-    videos = run(server, WORKFLOWS[name])
+    videos = run(server, WORKFLOWS[name], **STEPS.get(name, {}))
     assert set(videos) == OUTPUTS[name]
     for video in videos.values():
-        assert len(video.pictures) == 8 and video.fps == 8 and video.pictures.std() > 0.02
+        assert len(video.pictures) == LENGTHS.get(name, 8) and video.fps == 8 and video.pictures.std() > 0.02
 
 
 def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kept(server):
@@ -161,6 +177,13 @@ def test_the_second_part_of_reload_edits_with_the_weights_that_the_first_has_kep
     run(server, workflow)
     unmuted = [{**node, "mode": 0} for node in workflow["nodes"]]
     assert set(run(server, {**workflow, "nodes": unmuted})) == {"edit"}
+
+
+def test_an_early_step_is_of_the_same_tune_which_runs_once(server):
+    name, before = "12-Choose how long to tune", len(server.log())
+    run(server, WORKFLOWS[name], seed=8, **STEPS[name])
+    said = server.log()[before:]
+    assert said.count("Tune-A-Video: tuning ") == said.count("Tune-A-Video: used: the weights of step 1") == 1
 
 
 def test_a_personalised_checkpoint_takes_over_the_motion(server):

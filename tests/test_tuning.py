@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.nodes import ApplyWeights, InflateUNet
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation, tuning
+from tune_a_video.tav_core.method.attention import PAPERS
 from tune_a_video.tav_core.method.inflation import RECOMPUTE, TemporalLayers
 from tune_a_video.tav_core.method.tuning import Recipe, Step
 from tune_a_video.tav_core.pipeline import editing
@@ -61,12 +62,15 @@ def test_stable_diffusion_1_trains_112_tensors_of_74_million_parameters():
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE[1:])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputing_changes_nothing_but_memory(inflated, clip, prompts, recompute, precision):
+@pytest.mark.parametrize(
+    ("attends", "precision"), [(PAPERS, "fp32"), (PAPERS, "bf16"), ("first_own_previous", "fp32"), ("all", "fp32")]
+)
+def test_recomputing_changes_nothing_but_memory(model, clip, prompts, recompute, attends, precision):
+    video = host.inflate(model, "video", attends=attends)
     reports = []
     for way in ("nothing", recompute):
         steps: list[Step] = []
-        weights = tuned(inflated, clip, prompts, precision=precision, recompute=way, on_step=steps.append)
+        weights = tuned(video, clip, prompts, precision=precision, recompute=way, on_step=steps.append)
         reports.append((weights, steps))
     (plain, steps), (recomputed, steps_again) = reports
     assert steps == steps_again

@@ -42,16 +42,36 @@ def sparse_causal(kv: Tensor, frames: int) -> Tensor:
 
 
 def attended(kv: Tensor, frames: int, attends: str) -> Tensor:
-    """Keys or values `(b f) n c` of the frames that each frame attends to, `(b f) (w n) c`; see ATTENDS."""
+    """Keys or values `(b f) n c` of the frames that each frame attends to, `(b f) (w n) c`; see ATTENDS.
+
+    Not for "first_own_previous", where it is not the same number of frames for all (`with_own`).
+    """
     if attends == PAPERS:
         return sparse_causal(kv, frames)
     if attends == "own" or frames == 1:
         return kv
     video = rearrange(kv, "(b f) n c -> b f n c", f=frames)
-    if attends == "all":
-        return repeat(video, "b g n c -> (b f) (g n) c", f=frames)
-    first, previous = video[:, :1].expand_as(video), torch.cat([video[:, :1], video[:, :-1]], dim=1)
-    return torch.cat([first, video, previous], dim=2).flatten(0, 1)
+    return repeat(video, "b g n c -> (b f) (g n) c", f=frames)
+
+
+def with_own(q: Tensor, k: Tensor, v: Tensor, frames: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of frame 0, of frame 1 and of the others, where each attends to the first, its own and
+    the previous frame, each once.
+
+    Apart, for these are one frame's keys, two frames' and three: in frame 1, whose previous frame is the first, that
+    one would otherwise count twice. All of several videos, `b …`, so that what tells prompts apart still can.
+    """
+    q, k, v = (rearrange(t, "(b f) n c -> b f n c", f=frames) for t in (q, k, v))
+    parts = [(q[:, 0], k[:, 0], v[:, 0]), (q[:, 1], k[:, :2].flatten(1, 2), v[:, :2].flatten(1, 2))]
+    if frames > 2:
+        k, v = (torch.cat([t[:, :1].expand_as(t[:, 2:]), t[:, 2:], t[:, 1:-1]], dim=2) for t in (k, v))
+        parts.append((q[:, 2:].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)))
+    return parts
+
+
+def _together(parts: list[Tensor], videos: int) -> Tensor:
+    """Outputs for each of `with_own` as one for all frames, `(b f) n c`."""
+    return torch.cat([part.unflatten(0, (videos, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 class SparseCausal:
@@ -59,7 +79,8 @@ class SparseCausal:
 
     The keys go to whatever computes the attention, so another pack's attention sees them all. Where it is the UNet's
     own that is called (`attend`), frames 0 and 1, whose two frames are one and the same, are computed together on that
-    frame's keys alone; and where each frame attends to all, their keys are there once for all of them.
+    frame's keys alone; and where each frame attends to all, their keys are there once for all of them. Where it attends
+    to its own as well, the keys are put together there only, frames 0 and 1 apart.
 
     Args:
         frames: of each video in the batch.
@@ -73,10 +94,10 @@ class SparseCausal:
 
     def keys(self, projected: Tensor) -> Tensor:
         """The keys that are attended to, which `attend` will know again."""
-        if self._whole and self._keys is not None:
+        if self._left_to_attend and self._keys is not None:
             raise ValueError(
-                "another node computes self-attention by itself, and would leave each frame alone where all should be "
-                "attended to. Remove it, or set attends to first_previous in Inflate UNet."
+                "another node computes self-attention by itself, and would leave each frame alone where others should "
+                "be attended to. Remove it, or set attends to first_previous in Inflate UNet."
             )
         if self._own is not None:
             self._own = [projected]
@@ -90,12 +111,16 @@ class SparseCausal:
         return self._selected(projected)
 
     @property
-    def _whole(self) -> bool:
+    def _with_own(self) -> bool:
+        return self.attends == "first_own_previous" and self.frames > 1
+
+    @property
+    def _left_to_attend(self) -> bool:
         # A copy of all keys for each frame would be large, and `attend` needs none.
-        return self.attends == "all" and self.frames > 1 and self._own is None
+        return self._with_own or (self.attends == "all" and self.frames > 1 and self._own is None)
 
     def _selected(self, projected: Tensor) -> Tensor:
-        return projected if self._whole else attended(projected, self.frames, self.attends)
+        return projected if self._left_to_attend else attended(projected, self.frames, self.attends)
 
     def replaced(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Another node's `function(q, k, v, …)` in place of the attention, on the keys and values of this one.
@@ -108,8 +133,14 @@ class SparseCausal:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             own_k, own_v = self._own or (k, v)
+            self._keys = None
             if self.frames == 1:
                 return function(q, k, v, *args, **kwargs)
+            if self._with_own:
+                parts = with_own(q, k, v, self.frames)
+                outs = [function(*part, *args, **kwargs) for part in parts]
+                own = function(q, k, v, *args, **kwargs)
+                return own if outs[-1].shape[1] == parts[-1][2].shape[1] else _together(outs, len(q) // self.frames)
             if k.shape == own_k.shape:  # one frame for both: given twice, it changes nothing but the length
                 k, v = torch.cat([k, k], dim=1), torch.cat([v, v], dim=1)
             out = function(q, k, v, *args, **kwargs)
@@ -124,7 +155,10 @@ class SparseCausal:
         """`function(q, k, v, heads, …)`: an attention of any kind, on `b n c`. All but ours is left to it."""
         ours = k is self._keys  # no cross-attention's, nor copies that another node has made
         self._keys = None
-        if ours and self._whole:
+        if ours and self._with_own:
+            outs = [function(*part, heads, *args, **kwargs) for part in with_own(q, k, v, self.frames)]
+            return _together(outs, len(q) // self.frames)
+        if ours and self._left_to_attend:
             q, k, v = (t.unflatten(0, (-1, self.frames)).flatten(1, 2) for t in (q, k, v))
             return function(q, k, v, heads, *args, **kwargs).unflatten(1, (self.frames, -1)).flatten(0, 1)
         if not ours or self.attends != PAPERS or self.frames <= 2 or args or kwargs.get("mask") is not None:

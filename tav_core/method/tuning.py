@@ -22,7 +22,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 # Raise it with every change after which the same clip, model and recipe end in other weights, whichever file it is in
 # (this one, network, attention, inflation): states that older packs saved are then neither continued nor reused.
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 
 
 @dataclass(frozen=True)

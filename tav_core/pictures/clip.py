@@ -2,9 +2,12 @@
 
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from .image import AT_ONCE
 
 Fit = Literal["crop", "stretch", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
@@ -29,8 +32,11 @@ def prepare_clip(frames: Tensor, start: int, stride: int, count: int, width: int
     available = frames.shape[0]
     if start + (count - 1) * stride >= available:
         raise too_short(available, start, stride, count)
-    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)].float()
-    return resize(picked, width, height, fit)
+    picked = frames[start : start + (count - 1) * stride + 1 : min(stride, available)]
+    out = picked.new_empty(count, height, width, picked.shape[3], dtype=torch.float32)
+    for part, place in zip(picked.split(AT_ONCE), out.split(AT_ONCE), strict=True):
+        place[:] = resize(part.float(), width, height, fit)
+    return out
 
 
 def check_clip(start: int, stride: int, count: int, width: int, height: int, fit: str) -> None:

@@ -38,7 +38,7 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
     for name, video in videos.items():
         if video.ndim != 4 or 0 in video.shape or video.shape[3] not in (1, 3, 4) or not video.is_floating_point():
             raise ValueError(f"{name} has no frames: connect images, such as those of VAE Decode or Prepare Clip.")
-        if not video.isfinite().all():
+        if not all(part.isfinite().all() for part in video.split(image.AT_ONCE)):
             raise ValueError(
                 f"{name} holds NaN or infinite pixels: a VAE makes them in fp16. Start ComfyUI with --bf16-vae or "
                 "--fp32-vae."
@@ -62,8 +62,9 @@ def side_by_side(videos: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Te
         row, column = divmod(i, columns)
         bottom, left = tops[row + 1] - GAP, lefts[column]
         at = out[:, bottom - height : bottom, left : left + own_widths[i]]
-        fitted = _fit(_opaque(clip), height, own_widths[i])
-        at[: len(clip)], at[len(clip) :] = fitted, fitted[-1]
+        for part, place in zip(clip.split(image.AT_ONCE), at[: len(clip)].split(image.AT_ONCE), strict=True):
+            place[:] = _fit(_opaque(part), height, own_widths[i])
+        at[len(clip) :] = at[len(clip) - 1]
     for title, top in zip(titles, tops, strict=False):
         out[:, top : top + title.shape[1], : title.shape[2]] = title
     return out

@@ -5,6 +5,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# Frames of a clip that are converted at a time: what that takes beside the clip and its result is no more than this.
+AT_ONCE = 16
+
 
 def from_bytes(pixels: np.ndarray) -> Tensor:
     """Pixels of 0 to 255, uint8 of any shape, as IMAGE of that shape."""

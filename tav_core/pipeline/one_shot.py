@@ -220,7 +220,12 @@ def _check_use(saving: Saving, steps: int, done: int) -> None:
     if saving.use > steps:
         raise ValueError(f"use_step is {saving.use}, but steps is {steps}: use an earlier step, or tune for longer.")
     kept = runs.early_steps(steps, saving.early) if saving.early else []
-    if saving.use <= done or saving.use not in kept:
+    if saving.use in kept and saving.use <= done:
+        raise ValueError(
+            f"step {saving.use} of this tune is not kept: it was tuned with another validation_every, or the file is "
+            "gone. Set reuse to restart, which tunes again, or use_step to 0."
+        )
+    if saving.use not in kept:
         raise ValueError(
             f"step {saving.use} of this tune is not kept; of {steps} steps it keeps "
             f"{', '.join(map(str, [*kept, steps]))} (validation_every). Set use_step to one of these, or steps to "
@@ -276,9 +281,10 @@ class _Tune:
 
         def after_step(step: Step) -> None:
             self.on_step(step)
-            if step.number % self.saving.every == 0:
+            early = self.run is not None and self.saving.early and step.number in self.early
+            if early or step.number % self.saving.every == 0:
                 self.save(training)
-            if self.run is not None and self.saving.early and step.number in self.early:
+            if early:  # after a save: early ones stay for as long as their run has a state
                 self.keep(training)
             if step.number == self.saving.use:
                 self.used = replace(self.result(training), recipe=replace(self.recipe, steps=step.number))
