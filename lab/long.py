@@ -138,10 +138,7 @@ def evaluate(studio: Studio, out: Path) -> str:
             rows += kept(file, setting, lambda number=number, way=way: run(studio, number, way, out))
     print(f"{FRAMES} frames, {len(rows) // len(WAYS)} edits", table(rows), sep="\n\n")
     once, cut = (summary(rows, way) for way in WAYS)
-    found = {
-        "joins": cut["joins"],
-        "largest": cut["largest"],
-        "drift": cut["drift_background"] / once["drift_background"],
-    }
+    found = {name: cut[name] / once[name] for name in BOUNDS}
+    print("beside the whole clip:", ", ".join(f"{COLUMNS[name][0]} {share:.2f}" for name, share in found.items()))
     missed = [f"{name} {found[name]:.2f} > {most}" for name, most in BOUNDS.items() if not found[name] <= most]
     return f"out of its bounds: {', '.join(missed)}" if missed else ""
