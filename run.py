@@ -7,7 +7,7 @@
   python run.py batch JOBS [--dry-run] [--help]    run one workflow for many clips, prompts, seeds and checkpoints
   python run.py parity FOLDER...                   compare the pack with reference results in FOLDER
   python run.py bench                              measure its speed and memory beside the method done plainly
-  python run.py evaluate [--quick]                 measure the method on the demo's world
+  python run.py evaluate [--quick | --long]        measure the method on the demo's world
   python run.py train --out FOLDER                 train the demo's model from nothing
   python run.py quality                            measure the demo's model
 
