@@ -47,7 +47,7 @@ BEGUN = Path(__file__).with_name("begun.safetensors")
 
 RECIPES = {
     "cpu": {
-        "segmenter": Stage(steps=1200, batch=32, pictures=3000, lr=1e-3),
+        "segmenter": Stage(steps=600, batch=32, pictures=3000, lr=1e-3),
         "autoencoder": Stage(steps=2200, batch=16, pictures=3000, lr=1e-3, average=100),
         "text_to_image": Stage(steps=6000, batch=16, pictures=10000, lr=2e-3),
     },
