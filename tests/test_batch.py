@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from fake_comfy import INFO
 from live_server import run
 from tune_a_video.nodes import NODES
-from tune_a_video.tools import api, batch, jobs, results
+from tune_a_video.tools import api, bars, batch, jobs, results
 from tune_a_video.tools.ledger import AFTER_TUNE, LAST, LOST, OF_TUNE, Ledger, worker_name
 from videos import picture, write_video
 
@@ -290,6 +291,35 @@ def test_what_a_killed_process_of_this_machine_had_waits_at_once(ledger):
     ledger.claim(worker_name())
     ledger.plan([job(0), job(1)])
     assert states(ledger) == {0: "waiting", 1: "running"}
+
+
+def test_who_is_at_work_and_how_much_each_has_done(ledger):
+    ledger.plan([job(number) for number in range(5)])
+    assert ledger.at_work() == {}
+    for worker in ("a", "b", "a"):
+        id, _tune = ledger.claim(worker)
+        ledger.done(id, worker, 1.0, {}, [])
+    ledger.claim("a")
+    assert ledger.at_work() == {"a": 2}  # "b" has none now
+    ledger.claim("c")
+    assert ledger.at_work() == {"a": 2, "c": 0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_of_all_jobs_and_one_of_each_worker(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with bars.Bars({"done": 3, "waiting": 7, "dropped": 5}) as shown:
+        shown.worker("here:1:0", "TAVOneShotTune", 40, 300)
+        shown.worker("here:1:1", "TAVSampleVideo", 5, 50)
+        shown.jobs({"done": 4, "waiting": 6, "dropped": 5})
+        said = sys.stderr.getvalue()
+    assert "3/10" in said and "4/10" in said
+    assert "here:1:0 TAVOneShotTune" in said and "40/300" in said and "here:1:1 TAVSampleVideo" in said
+    assert [bar.pos for bar in (shown.all, *shown.workers.values())] == [0, -1, -2]
 
 
 @pytest.mark.parametrize("query", [OF_TUNE, AFTER_TUNE, LAST])

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from .. import run
 from . import jobs, results
 from .api import Comfy, Prompt, Refused, failure
+from .bars import Bars
 from .ledger import Ledger, worker_name
 
 BEAT = 15.0  # seconds between signs of life
@@ -121,7 +123,9 @@ def end_orphans(folder: Path) -> None:
 # --- one job ------------------------------------------------------------------------------------------------------
 
 
-def do(comfy: Comfy, prompt: Prompt, job: jobs.Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+def do(
+    comfy: Comfy, prompt: Prompt, job: jobs.Job, folder: Path, tell: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Run a job's prompt on a server and fetch what it wrote; its scores, and its outputs by their paths in `folder`.
 
     Raises Refused when the server does not take it, RuntimeError when a node fails, OSError when the server is lost.
@@ -131,7 +135,7 @@ def do(comfy: Comfy, prompt: Prompt, job: jobs.Job, folder: Path, tell: Callable
 
     def on_event(kind: str, data: Any) -> None:
         if kind == "progress" and data.get("node") in prompt:
-            tell(f"{prompt[data['node']]['class_type']} {data['value']}/{data['max']}")
+            tell(prompt[data["node"]]["class_type"], data["value"], data["max"])
 
     history = comfy.run(prompt, on_event)
     if reason := failure(history):
@@ -173,7 +177,7 @@ class Batch:
         self.jobs = {job.id: job for job in planned}
         self.stopping = threading.Event()
         self.active: dict[str, Comfy] = {}  # worker → its server, while it computes
-        self.bar: Any = None
+        self.bars: Bars | None = None
         self.reported = 0.0
 
     def work(self, worker: str, server: Running | Own) -> None:
@@ -212,7 +216,7 @@ class Batch:
         self.active[worker] = comfy
         try:
             prompt, _files = self.plan.prompt(job.values, self.info)
-            found = do(comfy, prompt, job, self.folder, self._show)
+            found = do(comfy, prompt, job, self.folder, partial(self._at, worker))
             self.ledger.done(job.id, worker, time.monotonic() - began, **found)
         except Exception as error:
             if self.stopping.is_set():
@@ -227,14 +231,14 @@ class Batch:
         finally:
             self.active.pop(worker, None)
 
-    def _show(self, text: str = "") -> None:
-        counts = self.ledger.counts() if not text else None
-        if self.bar is not None:
-            if counts is not None:
-                self.bar.n = counts.get("done", 0)
-                self.bar.refresh()
-            self.bar.set_postfix_str(text)
-        if counts is not None and time.monotonic() - self.reported > REPORT:
+    def _at(self, worker: str, what: str, done: int, total: int) -> None:
+        if self.bars is not None:
+            self.bars.worker(worker, what, done, total)
+
+    def _show(self) -> None:
+        if self.bars is not None:
+            self.bars.jobs(self.ledger.counts())
+        if time.monotonic() - self.reported > REPORT:
             self.report()
 
     def report(self) -> None:
@@ -245,10 +249,7 @@ class Batch:
         """Work with all servers at once. At Ctrl-C jobs are put back, and the servers stop computing them."""
         workers = {worker_name(i): server for i, server in enumerate(servers)}
         threads = [threading.Thread(target=self.work, args=pair, daemon=True) for pair in workers.items()]
-        counts = self.ledger.counts()
-        total = sum(counts.get(state, 0) for state in ("waiting", "running", "done", "failed"))
-        bar = tqdm(total=total, initial=counts.get("done", 0), unit="job", disable=None)  # none where nobody sees it
-        with bar as self.bar, self._beating(list(workers)):
+        with Bars(self.ledger.counts()) as self.bars, self._beating(list(workers)):
             try:
                 for thread in threads:
                     thread.start()
@@ -404,15 +405,16 @@ def by_ray(args: argparse.Namespace, folder: Path) -> int:
         pending = {worker.work.remote(str(run.PROJECT), command): worker for worker in workers}
         del workers
         ended = []
-        with tqdm(unit="job", disable=None) as bar:
+        with Bars(ledger.counts()) as bars:
             while pending:
                 done, _ = ray.wait(list(pending), timeout=WAIT)
                 for each in done:
                     ended.append(each)
                     del pending[each]  # frees its GPU, for a worker whose machine does not come back
                 counts = ledger.counts()
-                bar.total, bar.n = sum(counts.values()) - counts.get("dropped", 0), counts.get("done", 0)
-                bar.refresh()
+                bars.jobs(counts)
+                for worker, done in ledger.at_work().items():
+                    bars.worker(worker, "jobs", done, counts.get("done", 0))
         codes = ray.get(ended)
     finally:
         ray.shutdown()

@@ -173,6 +173,13 @@ class Ledger:
             query = "SELECT state, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY state"
             return dict(map(tuple, db.execute(query, (n, i))))
 
+    def at_work(self) -> dict[str, int]:
+        """The workers that have a job, and how many each has done."""
+        with self._open() as db:
+            having = "SELECT DISTINCT worker FROM jobs WHERE state = 'running'"
+            query = f"SELECT worker, SUM(state = 'done') AS done FROM jobs WHERE worker IN ({having}) GROUP BY worker"
+            return {row["worker"]: row["done"] for row in db.execute(query)}
+
     def rows(self) -> list[dict[str, Any]]:
         """Every job in the order of the jobs file; values, scores and outputs as they were given."""
         with self._open() as db:

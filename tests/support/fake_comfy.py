@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import uuid
+from contextlib import suppress
 
 from aiohttp import WSMsgType, web
 
@@ -59,6 +60,7 @@ class Fake:
                     name = f"{hashlib.sha256(told).hexdigest()[:8]}.txt"
                     self.written[name] = told
                     output[number] = {"images": [{"filename": name, "subfolder": "", "type": "output"}]}
+            await self.tell(client, "progress", {"prompt_id": identity, "node": "4", "value": 1, "max": 2})
             end = asyncio.get_running_loop().time() + self.seconds
             while asyncio.get_running_loop().time() < end:
                 await asyncio.sleep(0.005)
@@ -68,7 +70,11 @@ class Fake:
             data = {"prompt_id": identity, "node_type": "Prompt", "exception_message": "it is bad"}
             self.history[identity] = {"outputs": output, "status": {"messages": [[event, data]]}}
             self.queue.pop(0)
-            if (socket := self.sockets.get(client)) is not None and not socket.closed:
+            await self.tell(client, event, data)
+
+    async def tell(self, client, event, data):
+        if (socket := self.sockets.get(client)) is not None and not socket.closed:
+            with suppress(ConnectionError):  # of a client that was killed
                 await socket.send_json({"type": event, "data": data})
 
     async def prompt(self, request):
