@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Bars:
-    """Shown where somebody sees them. To be closed, or used in a `with`.
+    """Shown where somebody sees them, for as long as a `with` lasts.
 
     Args:
         counts: jobs by state, when it begins: what was done before is no part of the rate.
