@@ -490,8 +490,10 @@ def test(arguments: list[str]) -> int:
     interpreter = [str(python), "-I", "-Xwarn_default_encoding"]
     workers: list[str] = []
     if count := int(options.numprocesses):
-        # A file's tests share a server: one worker runs them all (loadfile).
+        # A file's tests share a server: one worker runs them all (loadfile). A worker that died gets no successor: it
+        # would begin with the test that killed it, again and again (pytest-xdist 3.8).
         workers = ["--tx", f"{count}*popen//python={shlex.join(interpreter)}", "--dist", "loadfile"]
+        workers += ["--max-worker-restart", "0"]
     return run_with_host(host, [*interpreter, "-m", "pytest", *workers, *arguments], PROJECT)
 
 

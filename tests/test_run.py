@@ -399,7 +399,7 @@ def test_every_process_of_the_tests_has_the_same_interpreter(
     (command,) = commands
     assert not [part for part in command if part.startswith(("-n", "--numprocesses"))]
     tx = f"{workers}*popen//python=python -I -Xwarn_default_encoding"
-    distributed = ["--tx", tx, "--dist", "loadfile"] if workers else []
+    distributed = ["--tx", tx, "--dist", "loadfile", "--max-worker-restart", "0"] if workers else []
     others = ["tests/test_ddim.py", "-k", "not slow"] if "-k" in arguments else ["-q"] if "-q" in arguments else []
     assert command == ["python", "-I", "-Xwarn_default_encoding", "-m", "pytest", *distributed, *others]
 

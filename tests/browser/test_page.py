@@ -235,7 +235,6 @@ def test_the_blueprint_shows_its_inside_in_nodes_2(page):
     page.page.evaluate("() => { app.graph.clear() }")
     page.search(BLUEPRINT)
     page.page.wait_for_function("name => app.graph.nodes.some(node => node.title === name)", arg=BLUEPRINT)
-    page.page.mouse.click(800, 300)  # it hangs on the pointer until it is put down
     page.page.get_by_test_id("subgraph-enter-button").click()
     page.page.wait_for_function(
         """() => app.canvas.graph !== app.graph
