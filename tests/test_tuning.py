@@ -1,5 +1,7 @@
 """One-shot tuning on the host's own UNet."""
 
+from types import SimpleNamespace
+
 import comfy.model_base
 import comfy.model_management
 import comfy.supported_models
@@ -313,6 +315,9 @@ UNUSED = {
     ),
     "weight_wrapper_patches diffusion_model.out.2.weight": lambda model: model.add_weight_wrapper(
         "diffusion_model.out.2.weight", print
+    ),
+    "context_handler": lambda model: model.model_options.update(
+        context_handler=SimpleNamespace(dim=0, context_length=16)
     ),
     "injections other": lambda model: model.set_injections("other", [print]),
 }

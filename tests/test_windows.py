@@ -1,19 +1,22 @@
 """Long clips in windows: each frame is computed in good company, and the video is one."""
 
-from itertools import pairwise
+from itertools import count, pairwise
 
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import pytest
 import torch
+from host_node import outputs_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tune_a_video.nodes import ApplyWeights, InflateUNet
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.guidance import Steering
 from tune_a_video.tav_core.method.inflation import TemporalLayers, inflated
 from tune_a_video.tav_core.method.tuning import Draws, Recipe
 from tune_a_video.tav_core.method.windows import SPREAD_FROM, WHOLE, Windows, blended
-from tune_a_video.tav_core.pipeline import editing, network, one_shot
+from tune_a_video.tav_core.pipeline import editing, finding, network, one_shot
 from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.store import weights as store
 
@@ -189,15 +192,25 @@ def test_all_that_comes_per_frame_is_cut_alike(in_windows):
     assert len(control["middle"]) == 1 and "ad_params" not in options
 
 
-def test_inversion_and_sampling_are_inverse(in_windows, prompts, long):
-    def error(windows):
-        model = in_windows(windows)
+@pytest.fixture
+def round_trip(prompts, long):
+    """How far sampling leads from the clip whose inversion it begins at, as a part of the clip."""
+
+    def error(model):
         with torch.inference_mode():
-            latent, _noise, _sigmas = editing.invert(model, long, prompts[0], 40)
-            back = editing.sample_video(model, latent, prompts[0], prompts[0], 40, 1.0)["samples"]
+            latent, _noise, _sigmas = editing.invert(model, long, prompts[0], 8, method="exact")
+            back = editing.sample_video(model, latent, prompts[0], prompts[0], 8, 1.0)["samples"]
         return float((back - long["samples"]).norm() / long["samples"].norm())
 
-    assert error(CUT) < max(2 * error(WHOLE), 1e-3)
+    return error
+
+
+def test_inversion_and_sampling_are_inverse(in_windows, round_trip, monkeypatch):
+    """Each step is solved, as far as this model of random weights lets it be: the rest is of windows that differ."""
+    assert round_trip(in_windows(CUT)) < 0.3
+    turns = count()
+    monkeypatch.setattr(Windows, "of", lambda *_at: [[0, *range(1 + next(turns) % 2, LENGTH)]])
+    assert round_trip(in_windows(CUT)) > 0.6
 
 
 def test_guided_sampling_with_a_mask(in_windows, prompts, long):
@@ -234,6 +247,93 @@ def test_replaced_self_attention_is_refused(core, in_windows, prompts, long):
     guided = getattr(guided, "args", guided)[0]
     with pytest.raises(ValueError, match="replaces this MODEL's self-attention .* set window to 0.*nodes_pag"):
         core["KSampler"]().sample(guided, 7, 1, 3.0, "euler", "normal", *prompts, long)
+
+
+# --- the host's own windows -------------------------------------------------------------------------------------
+
+KEPT = {"latent_retain_index_list": "0", "cond_retain_index_list": "0", "causal_window_fix": True, "freenoise": False}
+
+
+@pytest.fixture
+def host_windows(core):
+    """The host's context windows of four frames on a MODEL, which keep the first frame; skips where it has no such."""
+    node = core["ContextWindowsManual"]
+    if "latent_retain_index_list" not in {entry.id for entry in node.define_schema().inputs}:
+        pytest.skip("this ComfyUI's context windows cannot keep the first frame")
+
+    def add(model, **options):
+        options = {"context_length": 4, "context_overlap": 1, "context_schedule": "standard_static", **KEPT, **options}
+        return outputs_of(node, model=model, **options)[0]
+
+    return add
+
+
+@pytest.mark.parametrize("group_norm", ["video", "per_frame"])
+def test_the_hosts_windows_are_honoured_where_they_keep_the_first_frame(host_windows, in_windows, long, group_norm):
+    model = in_windows(WHOLE, group_norm)
+    prompt = [[torch.randn(LENGTH, 7, 16, generator=torch.Generator().manual_seed(2)), {}]]  # one for each frame
+
+    def denoised(model, numbers):
+        """What the model sees in these frames, as a clip of their own, at one noise level."""
+        guider, sigmas = host.unguided(model, [[prompt[0][0][numbers], {}]]), torch.tensor([2.0, 0.0])
+        with torch.inference_mode():
+            return host.run_sampler(guider, long["samples"][numbers], sigmas, lambda *_step: None, sampler=look)
+
+    def look(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
+        return denoise(x, sigmas[:1].expand(len(x)), **extra_args)
+
+    seen = denoised(host_windows(model), [*range(LENGTH)])
+    out, total = torch.zeros_like(seen), torch.zeros(LENGTH, 1, 1, 1)
+    weight = torch.tensor([1.0, 2, 2, 1]).view(-1, 1, 1, 1)  # the host's pyramid
+    for first in (0, 3, 6, 7):
+        window = [*range(first, first + 4)]
+        part = denoised(model, [0, *window])[1:] if first else denoised(model, window)
+        out[window] += weight * part
+        total[window] += weight
+    torch.testing.assert_close(seen, out / total, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen, denoised(model, [*range(LENGTH)]), rtol=0.1)
+
+
+def test_inversion_and_sampling_are_inverse_in_the_hosts_windows(host_windows, in_windows, round_trip):
+    assert round_trip(host_windows(in_windows(WHOLE))) < 0.3
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"latent_retain_index_list": ""},
+        {"latent_retain_index_list": "0, 1"},
+        {"cond_retain_index_list": ""},
+        {"causal_window_fix": False},
+        {"freenoise": True},
+        {"context_schedule": "standard_uniform"},
+    ],
+)
+def test_the_hosts_windows_are_refused_otherwise(host_windows, in_windows, prompts, long, core, spoilt):
+    model = host_windows(in_windows(WHOLE), **spoilt)
+    for run in (
+        lambda: editing.invert(model, long, prompts[0], 3),
+        lambda: core["KSampler"]().sample(model, 7, 3, 3.0, "euler", "normal", *prompts, long),
+    ):
+        with pytest.raises(ValueError, match=r"context windows would cut .* latent_retain_index_list and cond_"):
+            run()
+
+
+def test_what_the_hosts_windows_would_spoil_is_refused(host_windows, in_windows, prompts, long, monkeypatch):
+    model = host_windows(in_windows(WHOLE))
+    with pytest.raises(ValueError, match="both cut the clip: set window to 0"):
+        editing.invert(host_windows(in_windows(CUT)), long, prompts[0], 3)
+    with torch.inference_mode():
+        latent, _noise, _sigmas = editing.invert(model, long, prompts[0], 3)
+    with pytest.raises(ValueError, match="structure needs all frames in one call"):
+        editing.sample_video(model, latent, *prompts, 3, 1.0, steering=Steering(structure=0.4))
+    monkeypatch.setattr(host, "positions", lambda *_words: [2])  # of a CLIP that the small model has none of
+    monkeypatch.setattr(host, "encoded", lambda *_caption: prompts[0])
+    with pytest.raises(ValueError, match="Find Mask needs all frames in one call"):
+        finding.find_mask(model, latent, None, "a car", "car")
+    hint = [[prompts[0][0][0], {"control": comfy.controlnet.ControlBase()}]]
+    with pytest.raises(ValueError, match="a ControlNet gives every context window the pictures of the first one"):
+        editing.sample_video(model, latent, hint, prompts[1], 3, 1.0)
 
 
 # --- tuning -----------------------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def unused_in_training(model: ModelPatcher) -> list[str]:
 
     Left out is what works on the prediction only, as guidance does, and what is honoured otherwise.
     """
-    elsewhere = ("sampler_", "multigpu_", "disable_cfg1_optimization", "denoise_mask_function", "context_handler")
+    elsewhere = ("sampler_", "multigpu_", "disable_cfg1_optimization", "denoise_mask_function")
     options = {name: value for name, value in model.model_options.items() if not name.startswith(elsewhere)}
     inner = {**options.pop("transformer_options", {})}
     inner.pop("callbacks", None)

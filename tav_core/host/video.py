@@ -181,6 +181,8 @@ def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[...,
     def wrapper(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         prompts = len(transformer_options.get("cond_or_uncond", (0,)))
         clip, others = transformer_options.get(KEY, (None, ""))
+        if window := transformer_options.get("context_window"):  # the host's: `cut_by_host`
+            clip = len(window.index_list) + (getattr(window, "causal_anchor_index", None) is not None)
         frames = frames_of(x, prompts, clip, others)
         videos = x.shape[0] // frames
         if windows.at_once(frames) == frames:
@@ -287,7 +289,13 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     """A wrapper around one sampling run, any sampler's: the clip is known in it, and its UNet must be a video's."""
     guider = executor.class_obj
     frames = noise.shape[0]
-    refuse_context_windows(guider.model_options, frames)
+    prompts = [prompt for conditioning in guider.conds.values() for prompt in conditioning or ()]
+    windows = inflation_of(guider.model_patcher).windows
+    if cut_by_host(guider.model_options, frames, windows) and any("control" in prompt for prompt in prompts):
+        raise ValueError(
+            "a ControlNet gives every context window the pictures of the first one. Remove the context windows node, "
+            "and set window in Inflate UNet instead."
+        )
     refuse_merged_tunes(guider.model_patcher)
     others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
@@ -325,15 +333,34 @@ def _on_it(others: str) -> str:
     return f"on this MODEL are {others or 'none that tell their names'}"
 
 
-def refuse_context_windows(model_options: Mapping[str, Any], frames: int) -> None:
-    """Raises ValueError when another node would cut a clip of so many frames into windows."""
+def cut_by_host(model_options: Mapping[str, Any], frames: int, windows: Windows) -> bool:
+    """Whether the host's own context windows cut a clip of so many frames, each with the clip's first one before it.
+
+    The host puts an anchor frame before a window and takes its output away; `latent_retain_index_list` 0 makes that
+    anchor the first frame, which the attention needs, and `cond_retain_index_list` 0 gives it its own conditioning.
+
+    Args:
+        windows: the model's own, which must not cut what is cut already.
+    Raises ValueError when they would cut the clip otherwise.
+    """
     handler = model_options.get("context_handler")
     if handler is None or getattr(handler, "dim", 0) != 0 or getattr(handler, "context_length", 0) >= frames:
-        return
-    raise ValueError(
-        "context windows would cut the video into pieces that do not see its first frame, which Tune-A-Video's "
-        "attention needs. Remove the context windows node from this MODEL, and set window in Inflate UNet instead."
-    )
+        return False
+    keeps = [getattr(handler, f"{what}_retain_index_list", None) for what in ("latent", "cond")] == [[0], [0]]
+    anchored = getattr(handler, "causal_window_fix", False) and not getattr(handler, "freenoise", False)
+    if not (keeps and anchored and handler.context_schedule.name == "standard_static"):
+        raise ValueError(
+            "context windows would cut the video into pieces that do not see its first frame, which Tune-A-Video's "
+            "attention needs. Remove the context windows node from this MODEL, and set window in Inflate UNet instead; "
+            "or, where the node has them, set latent_retain_index_list and cond_retain_index_list to 0, "
+            "causal_window_fix to true, freenoise to false and context_schedule to standard_static."
+        )
+    if windows.at_once(frames) < frames:
+        raise ValueError(
+            "context windows and this MODEL's own window both cut the clip: set window to 0 in Inflate UNet (or Apply "
+            "Weights), or remove the context windows node."
+        )
+    return True
 
 
 def add_tune(model: ModelPatcher, queries: Mapping[str, Tensor], strength: float) -> None:

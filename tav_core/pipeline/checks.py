@@ -18,10 +18,16 @@ NEUTRAL = {"strength": 1, "start_percent": 0, "end_percent": 1, "clip_start_perc
 
 
 def check_inputs(
-    model: host.ModelPatcher, latent: Mapping[str, Any], min_frames: int = 1, **prompts: host.Conditioning
+    model: host.ModelPatcher,
+    latent: Mapping[str, Any],
+    min_frames: int = 1,
+    uncut: str = "",
+    **prompts: host.Conditioning,
 ) -> tuple[host.Video, Tensor]:
     """The video model and the clip's latents [f, c, h, w], after all was checked that can be before long work begins.
 
+    Args:
+        uncut: what the host's context windows would spoil, if anything.
     Raises ValueError saying what is wrong, what was expected and what to do.
     """
     video = host.video_of(model)
@@ -39,7 +45,11 @@ def check_inputs(
             f"the latents are {sides[1]} x {sides[0]}; this MODEL needs {smallest} x {smallest} or more, which are "
             f"{host.LATENT_PIXELS * smallest} pixels a side. Make the clip larger."
         )
-    host.refuse_context_windows(model.model_options, frames)
+    if host.cut_by_host(model.model_options, frames, inflation.windows) and uncut:
+        raise ValueError(
+            f"{uncut} needs all frames in one call, and context windows cut the clip. Remove the context windows node "
+            "from this MODEL, and set window in Inflate UNet instead."
+        )
     if channels != unet.in_channels:
         raise ValueError(
             f"the latents have {channels} channels, this MODEL's have {unet.in_channels}: encode the frames with "

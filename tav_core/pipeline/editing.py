@@ -71,7 +71,8 @@ def sample_video(
     Outside of a mask in `latent`, the clip stays as it was. The model sees it there on a straight line to its noise, as
     in the host's own inpainting; on its trajectory instead, edits came out the same.
     """
-    video, samples = check_inputs(model, latent, positive=positive, negative=negative)
+    uncut = "structure" if steering.structure else ""
+    video, samples = check_inputs(model, latent, uncut=uncut, positive=positive, negative=negative)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps).flip(0)
     _check_inverted(video, latent, steps, float(sigmas[0]))
     guider = _guider(video, latent, positive, negative, cfg, steering, sigmas)

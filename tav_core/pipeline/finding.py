@@ -43,7 +43,7 @@ def find_mask(
     """
     words = host.positions(clip, caption, word)
     prompt = host.encoded(clip, caption)
-    video, samples = check_inputs(model, latent, caption=prompt)
+    video, samples = check_inputs(model, latent, uncut="Find Mask", caption=prompt)
     trajectory = inversion_of(latent)["trajectory"]
     steps = len(trajectory.sigmas) - 1
     chosen = torch.linspace(steps, 1, min(steps, LEVELS)).round().long()

@@ -124,7 +124,7 @@ def one_shot_tune(
         prompts["validation_prompt"] = validation.positive
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
-    video, samples = check_inputs(model, latent, min_frames=2, **prompts)
+    video, samples = check_inputs(model, latent, min_frames=2, uncut="", **prompts)
     check_caption(caption, sizes=video.vector_width > 0)
     if memory not in (*MEMORY, *RECOMPUTE):
         raise ValueError(f"memory is {memory[:20]!r}; it must be one of {', '.join(MEMORY)}.")
