@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..tav_core.store.files import write_whole
+
 
 def kept(file: Path, setting: dict[str, Any], rows: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of a file of the same setting, or computed and written there."""
@@ -15,5 +17,6 @@ def kept(file: Path, setting: dict[str, Any], rows: Callable[[], list[dict[str, 
         if done["setting"] == setting:
             return done["rows"]
     computed = rows()
-    file.write_text(json.dumps({"setting": setting, "rows": computed}, indent=1), encoding="utf-8")
+    text = json.dumps({"setting": setting, "rows": computed}, indent=1)
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
     return computed

@@ -185,7 +185,7 @@ def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[...,
             clip = len(window.index_list) + (getattr(window, "causal_anchor_index", None) is not None)
         frames = frames_of(x, prompts, clip, others)
         videos = x.shape[0] // frames
-        if windows.at_once(frames) == frames:
+        if not windows.cuts(frames):
             return whole(executor, videos, frames, x, timesteps, context, y, control, transformer_options, **kwargs)
         if transformer_options.get("patches_replace", {}).get("attn1"):
             raise ValueError(
@@ -355,7 +355,7 @@ def cut_by_host(model_options: Mapping[str, Any], frames: int, windows: Windows)
             "or, where the node has them, set latent_retain_index_list and cond_retain_index_list to 0, "
             "causal_window_fix to true, freenoise to false and context_schedule to standard_static."
         )
-    if windows.at_once(frames) < frames:
+    if windows.cuts(frames):
         raise ValueError(
             "context windows and this MODEL's own window both cut the clip: set window to 0 in Inflate UNet (or Apply "
             "Weights), or remove the context windows node."

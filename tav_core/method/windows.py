@@ -42,6 +42,10 @@ class Windows:
         """How many frames of a clip are computed at once."""
         return min(self.frames or clip, clip)
 
+    def cuts(self, clip: int) -> bool:
+        """Whether a clip is longer than a window."""
+        return 0 < self.frames < clip
+
     def starts(self, clip: int) -> int:
         """At how many frames a window may begin, from frame 1 on; 1 where the clip is not cut."""
         return clip - self.at_once(clip) + 1

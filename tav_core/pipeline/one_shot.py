@@ -133,9 +133,9 @@ def one_shot_tune(
     if latent.get("noise_mask") is not None:
         tell("the latents' mask is not used: a tune learns whole frames")
     windows, frames = video.inflation.windows, len(samples)
-    if windows.at_once(frames) == frames < windows.frames:
+    if frames < windows.frames:
         tell(f"the window of {windows.frames} frames is not used: the clip has {frames}")
-    elif windows.at_once(frames) < frames and _prompts_in(caption) > 1:
+    elif windows.cuts(frames) and _prompts_in(caption) > 1:
         raise ValueError(
             "caption has one prompt for each frame, which a tune in windows cannot use. Connect CLIP Text Encode "
             "directly, or set window to 0 in Inflate UNet."
@@ -424,7 +424,7 @@ def _run_key(
             "prediction_type": video.prediction_type,
             "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
             "precision": precision,
-            **({"windows": asdict(windows)} if windows.at_once(len(latents)) < len(latents) else {}),
+            **({"windows": asdict(windows)} if windows.cuts(len(latents)) else {}),
         }
     )
 
