@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from ..tav_core.method.guidance import Steering
 from ..tav_core.method.inflation import LIGHT
 from ..tav_core.pictures import image
 from ..tav_core.pipeline import finding
-from . import classifier, long, sheet
+from . import classifier, long, sheet, tables
 from .clips import ALL, HEADS, SETS, drawn, made
 from .judged import CELL, FLOW, Judge
 from .kept import kept
@@ -199,14 +198,14 @@ def table(rows: list[dict[str, Any]], methods: list[str]) -> str:
 
 
 # Of the strict table: names, digits and how the edits come together.
-STRICT: dict[str, tuple[str, str, Callable[..., Any]]] = {
+STRICT: tables.Columns = {
     "whole": ("whole object", ".0%", np.mean),
     "iou": ("outline, IoU", ".2f", np.mean),
     "old_left": ("old object left", ".1%", np.mean),
     "background": ("background kept, dB", ".1f", np.median),
     "object_kept": ("object kept, dB", ".1f", np.median),
 }
-BY_FLOW: dict[str, tuple[str, str, Callable[..., Any]]] = {
+BY_FLOW: tables.Columns = {
     "motion_error": ("motion error, px at 512", ".2f", np.median),
     "motion_cosine": ("motion cosine", ".3f", np.median),
     "warp_error": ("warp error, of 255", ".1f", np.median),
@@ -214,16 +213,8 @@ BY_FLOW: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 
 def strict_table(rows: list[dict[str, Any]], methods: list[str]) -> str:
-    """In Markdown: of edits to another object the first four, to another place the fifth, of all edits the flow's."""
-    columns = {**STRICT, **BY_FLOW}
-    lines = [f"| | {' | '.join(name for name, *_ in columns.values())} |", f"|---|{'---|' * len(columns)}"]
-    for method in methods:
-        cells = []
-        for key, (_name, digits, together) in columns.items():
-            values = [row[key] for row in rows if row["method"] == method and np.isfinite(row.get(key, np.nan))]
-            cells.append(f"{together(values):{digits}}" if values else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Of edits to another object the first four, to another place the fifth, of all edits the flow's."""
+    return tables.table(rows, "method", methods, {**STRICT, **BY_FLOW})
 
 
 # Of the table of differences: names and digits.
@@ -240,33 +231,7 @@ LESS_IS_MORE = {"cells", "flicker"}
 
 
 def beside(rows: list[dict[str, Any]], methods: list[str]) -> str:
-    """How every other method differs from the first on the same edits, in Markdown.
-
-    Mean difference with its interval of 95 % (bootstrap over the edits), and in how many of them the other is better.
-    """
-    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
-    first, *others = methods
-    lines = [f"| beside {first} | {' | '.join(name for name, _ in DIFFERENCES.values())} |"]
-    lines.append(f"|---|{'---|' * len(DIFFERENCES)}")
-    for method in others:
-        pairs = list(zip(by_method[first], by_method[method], strict=True))
-        cells = []
-        for key, (_name, digits) in DIFFERENCES.items():
-            changes = np.array([theirs[key] - mine[key] for mine, theirs in pairs if key in mine])
-            changes = changes[np.isfinite(changes)]
-            better = int((changes < 0).sum() if key in LESS_IS_MORE else (changes > 0).sum())
-            low, high = interval(changes)
-            cells.append(f"{changes.mean():+{digits}} ({low:+{digits}} … {high:+{digits}}), {better} of {len(changes)}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Between which the mean lies with 95 % confidence, by bootstrap; NaN of fewer than two."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    low, high = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(low), float(high)
+    return tables.beside(rows, "method", methods, DIFFERENCES, LESS_IS_MORE)
 
 
 def main() -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..demo.world import Scene
 from ..tav_core.method.windows import WHOLE, Windows
 from ..tav_core.pictures import image
-from . import sheet, strict
+from . import sheet, strict, tables
 from .clips import ALL, made
 from .judged import Judge
 from .kept import kept
@@ -85,46 +85,36 @@ def run(studio: Studio, number: int, way: str, out: Path) -> list[dict[str, Any]
     tqdm.write(f"{clip.caption}, {way}: {time.perf_counter() - started:.0f} s")
     shown = {clip.caption: image.from_bytes(clip.frames), **{wanted[head].caption: edited[head] for head in HEADS}}
     sheet.contact_sheet(shown, FRAMES // 8).save(out / f"long_{number:02d}_{list(WAYS).index(way)}.png")
-    return [
-        {
-            "way": way,
-            "clip": clip.caption,
-            "edit": head,
-            **judged.figures(head, wanted[head], pictures),
-            **steadiness(judged, head, wanted[head], pictures, at),
-        }
-        for head, pictures in edited.items()
-    ]
+    rows = []
+    for head, pictures in edited.items():
+        row = {"way": way, "clip": clip.caption, "edit": head, **judged.figures(head, wanted[head], pictures)}
+        row |= steadiness(judged, head, wanted[head], pictures, at)
+        rows.append(row | ({"drift_background": row["drift"]} if head == "background" else {}))
+    return rows
 
 
-# Of the table: names and digits; means over the edits.
-COLUMNS = {
-    "right": ("right edit", ".0%"),
-    "whole": ("whole object", ".0%"),
-    "motion": ("motion correlation", ".3f"),
-    "cells": ("position error, cells", ".2f"),
-    "flicker": ("flicker on the path", ".1f"),
-    "joins": ("change at joins / elsewhere", ".2f"),
-    "largest": ("largest change", ".2f"),
-    "object_joins": ("of the object", ".2f"),
-    "drift": ("drift, of 255", ".2f"),
-    "drift_background": ("of a new place", ".2f"),
+# Means over the edits.
+COLUMNS: tables.Columns = {
+    "right": ("right edit", ".0%", np.mean),
+    "whole": ("whole object", ".0%", np.mean),
+    "motion": ("motion correlation", ".3f", np.mean),
+    "cells": ("position error, cells", ".2f", np.mean),
+    "flicker": ("flicker on the path", ".1f", np.mean),
+    "joins": ("change at joins / elsewhere", ".2f", np.mean),
+    "largest": ("largest change", ".2f", np.mean),
+    "object_joins": ("of the object", ".2f", np.mean),
+    "drift": ("drift, of 255", ".2f", np.mean),
+    "drift_background": ("of a new place", ".2f", np.mean),
 }
 
 
-def summary(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
-    mine = [row for row in rows if row["way"] == way]
-    mine = [{**row, **({"drift_background": row["drift"]} if row["edit"] == "background" else {})} for row in mine]
-    return {key: float(np.mean([row[key] for row in mine if key in row])) for key in COLUMNS}
-
-
 def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, a way a line. The whole clip at once has no joins: its changes at the same frames stand there."""
-    lines = [f"| | {' | '.join(name for name, _digits in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for way in WAYS:
-        figures = summary(rows, way)
-        lines.append(f"| {way} | {' | '.join(f'{figures[key]:{digits}}' for key, (_, digits) in COLUMNS.items())} |")
-    return "\n".join(lines)
+    """The whole clip at once has no joins: its changes at the same frames stand there."""
+    return tables.table(rows, "way", WAYS, COLUMNS)
+
+
+def mean(rows: list[dict[str, Any]], way: str, key: str) -> float:
+    return float(np.mean([row[key] for row in rows if row["way"] == way and key in row]))
 
 
 def evaluate(studio: Studio, out: Path) -> str:
@@ -137,8 +127,8 @@ def evaluate(studio: Studio, out: Path) -> str:
             file = out / f"long_{number:02d}_{i}.json"
             rows += kept(file, setting, lambda number=number, way=way: run(studio, number, way, out))
     print(f"{FRAMES} frames, {len(rows) // len(WAYS)} edits", table(rows), sep="\n\n")
-    once, cut = (summary(rows, way) for way in WAYS)
-    found = {name: cut[name] / once[name] for name in BOUNDS}
+    once, cut = WAYS
+    found = {name: mean(rows, cut, name) / mean(rows, once, name) for name in BOUNDS}
     print("beside the whole clip:", ", ".join(f"{COLUMNS[name][0]} {share:.2f}" for name, share in found.items()))
     missed = [f"{name} {found[name]:.2f} > {most}" for name, most in BOUNDS.items() if not found[name] <= most]
     return f"out of its bounds: {', '.join(missed)}" if missed else ""

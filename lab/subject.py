@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..demo.world import Clip
 from ..tav_core import host
 from ..tav_core.method.guidance import Steering
 from ..tav_core.method.tuning import Recipe
@@ -18,7 +17,6 @@ from ..tav_core.pictures import image
 from ..tav_core.pipeline import editing
 from ..tav_core.pipeline.apply import apply_weights
 from ..tav_core.pipeline.one_shot import one_shot_tune
-from . import classifier
 
 # The paper's recipe scaled to this model, which is small and learns quickly.
 RECIPE = Recipe(steps=300, learning_rate=5e-4)
@@ -36,7 +34,7 @@ class Studio:
     model: host.ModelPatcher
     clip: Any
     vae: Any
-    judge: classifier.Classifier
+    judge: Any  # of an evaluation's own
 
     def encode(self, text: str) -> host.Conditioning:
         return [[self.clip.encode_from_tokens(self.clip.tokenize(text)), {}]]
@@ -53,7 +51,7 @@ class Subject:
     """A clip that is to be edited, with its latents."""
 
     studio: Studio
-    clip: Clip
+    clip: Any  # of either world
     latent: dict[str, Tensor]
     recipe: Recipe = RECIPE
     steps: int = STEPS

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from tune_a_video.demo import model, world
-from tune_a_video.lab import classifier, clips, evaluate
+from tune_a_video.lab import classifier, clips, evaluate, tables
 from tune_a_video.tav_core.method.tuning import Recipe
 
 
@@ -76,5 +76,5 @@ def test_a_difference_is_told_with_its_interval():
     cells = evaluate.beside([*first, *other], ["first", "other"]).splitlines()[-1].split(" | ")
     assert cells[1] == "+0.0200 (+0.0200 … +0.0200), 6 of 6"
     assert cells[3].startswith("+0.5 (-0.") and cells[3].endswith("), 2 of 6")  # less flicker is better
-    low, high = evaluate.interval(np.random.default_rng(1).normal(1, 2, 10_000))
+    low, high = tables.interval(np.random.default_rng(1).normal(1, 2, 10_000))
     assert low == pytest.approx(1 - 1.96 * 0.02, abs=0.03) and high == pytest.approx(1 + 1.96 * 0.02, abs=0.03)
