@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
+
+from .styles import STYLES, as_bytes, ramp, styled
 
 Array = np.ndarray
 
@@ -63,7 +65,6 @@ BACKGROUNDS = {
     "water": "on the water",
     "forest": "in the forest",
 }
-STYLES = {"plain": "", "sketch": ", pencil sketch", "sunset": ", at sunset"}
 MOTIONS = ("line", "arc", "bounce", "zoom", "turn")
 
 
@@ -144,10 +145,10 @@ def render(scene: Scene, side: int = SIDE) -> Array:
     picture = _BACKGROUNDS[scene.background](np.random.default_rng(scene.seed), side)
     if not scene.object.endswith("balloon"):
         picture *= _shadow(scene, side)
-    picture = Image.fromarray(_bytes(picture))
+    picture = Image.fromarray(as_bytes(picture))
     object = placed(scene, side)
     picture.paste(object, mask=object)
-    return _bytes(_STYLES[scene.style](picture))
+    return styled(picture, scene.style)
 
 
 def placed(scene: Scene, side: int = SIDE, window: int | None = None) -> Image.Image:
@@ -180,7 +181,7 @@ def _sprite(object: str) -> tuple[Image.Image, float]:
         pixels = np.asarray(sprite).astype(np.float32)
         red = np.clip(pixels[..., :1] - pixels[..., 1:3].max(-1, keepdims=True), 0, None)
         pixels[..., :3] += red * (np.array(COLOURS[colour[0]], np.float32) - (1, 0, 0))
-        sprite = Image.fromarray(_bytes(pixels / 255), "RGBA")
+        sprite = Image.fromarray(as_bytes(pixels / 255), "RGBA")
     rows = np.asarray(sprite)[..., 3].any(1).nonzero()[0]
     return sprite, (rows[-1] + 1 - rows[0]) / CELL
 
@@ -215,12 +216,6 @@ def _edge(distance: Array, side: int) -> Array:
     return np.clip(distance * side / 1.5 + 0.5, 0, 1)[..., None]
 
 
-def _ramp(top: tuple, bottom: tuple, side: int) -> Array:
-    """Colours from the picture's top to its bottom, [side, 1, 3]."""
-    y = _grid(side)[1][..., None]
-    return np.array(top, np.float32) * (1 - y) + np.array(bottom, np.float32) * y
-
-
 def _mix(picture: Array, colour: Array | tuple, amount: Array) -> Array:
     return picture + (np.asarray(colour, np.float32) - picture) * amount
 
@@ -228,7 +223,7 @@ def _mix(picture: Array, colour: Array | tuple, amount: Array) -> Array:
 def _sky(rng: np.random.Generator, side: int, top=(0.35, 0.66, 0.95), bottom=(0.85, 0.95, 1.0)) -> Array:
     """A clear sky with one or two clouds, [side, side, 3]."""
     x, y = _grid(side)
-    sky = np.broadcast_to(_ramp(top, bottom, side), (side, side, 3))
+    sky = np.broadcast_to(ramp(top, bottom, side), (side, side, 3))
     for _ in range(rng.integers(1, 3)):
         cx, cy, width = rng.uniform(0, 1), rng.uniform(0.05, 0.22), rng.uniform(0.1, 0.2)
         distance = ((x - cx) / width) ** 2 + ((y - cy) / (0.35 * width)) ** 2
@@ -245,7 +240,7 @@ def _hills(rng: np.random.Generator, side: int, height: float) -> Array:
 def _beach(rng: np.random.Generator, side: int) -> Array:
     x, y = _grid(side)
     horizon = rng.uniform(0.36, 0.42)
-    sea = _rough(rng, side, _ramp((0.05, 0.35, 0.6), (0.15, 0.7, 0.8), side), 0.05, 3, 24)
+    sea = _rough(rng, side, ramp((0.05, 0.35, 0.6), (0.15, 0.7, 0.8), side), 0.05, 3, 24)
     sand = _rough(rng, side, (0.95, 0.83, 0.58), 0.06, 8, 12)
     picture = _mix(_sky(rng, side), sea, _edge(y - horizon + 0 * x, side))
     shore = _hills(rng, side, horizon + 0.14)
@@ -256,7 +251,7 @@ def _beach(rng: np.random.Generator, side: int) -> Array:
 def _grass(rng: np.random.Generator, side: int) -> Array:
     far, near = _hills(rng, side, rng.uniform(0.34, 0.4)), _hills(rng, side, rng.uniform(0.46, 0.52))
     picture = _mix(_sky(rng, side), (0.5, 0.75, 0.35), _edge(far, side))
-    meadow = _rough(rng, side, _ramp((0.35, 0.68, 0.2), (0.2, 0.55, 0.12), side), 0.08, 14, 14)
+    meadow = _rough(rng, side, ramp((0.35, 0.68, 0.2), (0.2, 0.55, 0.12), side), 0.08, 14, 14)
     return _mix(picture, meadow, _edge(near, side))
 
 
@@ -273,7 +268,7 @@ def _snow(rng: np.random.Generator, side: int) -> Array:
 
 
 def _desert(rng: np.random.Generator, side: int) -> Array:
-    picture = np.broadcast_to(_ramp((0.98, 0.78, 0.42), (1.0, 0.95, 0.75), side), (side, side, 3))
+    picture = np.broadcast_to(ramp((0.98, 0.78, 0.42), (1.0, 0.95, 0.75), side), (side, side, 3))
     for height, colour in ((0.36, (0.87, 0.6, 0.33)), (0.5, (0.93, 0.68, 0.38)), (0.72, (0.85, 0.56, 0.28))):
         dune = _hills(rng, side, height + rng.uniform(-0.03, 0.03))
         lit = 1.08 - 0.15 * np.clip(dune * 4, 0, 1)[..., None]
@@ -318,13 +313,13 @@ def _water(rng: np.random.Generator, side: int) -> Array:
     horizon = rng.uniform(0.3, 0.38)
     phase = 2 * math.pi * rng.uniform()
     waves = np.sin(2 * math.pi * (9 * y**0.7 + 0.12 * np.sin(2 * math.pi * 2 * x + phase)) + phase)[..., None]
-    sea = _rough(rng, side, _ramp((0.05, 0.3, 0.62), (0.03, 0.2, 0.5), side), 0.04, 6, 20) + 0.06 * waves
+    sea = _rough(rng, side, ramp((0.05, 0.3, 0.62), (0.03, 0.2, 0.5), side), 0.04, 6, 20) + 0.06 * waves
     return _mix(_sky(rng, side), sea, _edge(y - horizon + 0 * x, side))
 
 
 def _forest(rng: np.random.Generator, side: int) -> Array:
     x, y = _grid(side)
-    picture = _rough(rng, side, _ramp((0.1, 0.32, 0.16), (0.32, 0.5, 0.2), side), 0.1, 9, 9)
+    picture = _rough(rng, side, ramp((0.1, 0.32, 0.16), (0.32, 0.5, 0.2), side), 0.1, 9, 9)
     for i in range(5):  # trunks
         cx, width = (i + rng.uniform(0.2, 0.8)) / 5, rng.uniform(0.025, 0.04)
         picture = _mix(picture, (0.3, 0.2, 0.14), _edge(width - np.abs(x - cx) + 0 * y, side))
@@ -344,36 +339,6 @@ _BACKGROUNDS: dict[str, Callable[[np.random.Generator, int], Array]] = {
     "water": _water,
     "forest": _forest,
 }
-
-
-# --- styles: picture -> float [side, side, 3] ---------------------------------------------------------------------
-
-
-def _plain(picture: Image.Image) -> Array:
-    return np.asarray(picture, np.float32) / 255
-
-
-def _sketch(picture: Image.Image) -> Array:
-    """Soft pencil lines over a faint wash of the colours, on paper."""
-    side = picture.width
-    soft = _plain(picture.filter(ImageFilter.GaussianBlur(side / 128)))
-    slope = np.abs(np.roll(soft, 1, 0) - np.roll(soft, -1, 0)) + np.abs(np.roll(soft, 1, 1) - np.roll(soft, -1, 1))
-    slope[[0, -1]] = slope[:, [0, -1]] = 0
-    lines = np.clip(slope.max(-1, keepdims=True) * (side / 128) * 1.6 - 0.08, 0, 1)
-    return (np.array((0.97, 0.96, 0.93), np.float32) - 0.3 * (1 - soft)) * (1 - 0.7 * lines)
-
-
-def _sunset(picture: Image.Image) -> Array:
-    """Orange light from a low sun under a violet sky."""
-    light = _ramp((0.85, 0.5, 0.6), (1.0, 0.72, 0.5), picture.width)
-    return _plain(picture) * light + np.array((0.12, 0.04, 0.06), np.float32)
-
-
-_STYLES: dict[str, Callable[[Image.Image], Array]] = {"plain": _plain, "sketch": _sketch, "sunset": _sunset}
-
-
-def _bytes(picture: Array) -> Array:
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # --- clips --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where things are: drawn places in layers, for a camera to move before, and the styles of whole pictures.
+"""Where things are: drawn places in layers, for a camera to move before.
 
 A layer spans the world from x = LEFT to x = RIGHT and y = 0 to 1, in units of the picture's side. Far layers follow the
 camera less: their depth is the share of its motion that they show.
@@ -12,7 +12,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
+
+from ...demo.styles import as_bytes
 
 Array = np.ndarray
 
@@ -26,7 +28,6 @@ PLACES = {
     "road": "on the road",
     "city": "in the city",
 }
-STYLES = {"plain": "", "sketch": ", pencil sketch", "sunset": ", at sunset"}
 
 
 class Layer(NamedTuple):
@@ -91,10 +92,6 @@ def layer(colours: Array, shown: Array | float, depth: float) -> Layer:
     """A layer of colours [h, w, 3] that covers what is behind it by `shown`, 0 to 1 [h, w]."""
     alpha = np.broadcast_to(np.asarray(shown, np.float32), colours.shape[:2])[..., None]
     return Layer(Image.fromarray(as_bytes(np.concatenate([colours, alpha], -1)), "RGBA"), depth)
-
-
-def as_bytes(picture: Array) -> Array:
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # --- places: canvas -> layers from the farthest to the nearest -----------------------------------------------------
@@ -184,35 +181,3 @@ _PLACES: dict[str, Callable[[Canvas], list[Layer]]] = {
 def layers(place: str, seed: int, side: int) -> list[Layer]:
     """A place's layers, from the farthest to the nearest; the seed chooses its details."""
     return _PLACES[place](Canvas(np.random.default_rng(seed), side))
-
-
-# --- styles: picture -> float [side, side, 3] ---------------------------------------------------------------------
-
-
-def _plain(picture: Image.Image) -> Array:
-    return np.asarray(picture, np.float32) / 255
-
-
-def _sketch(picture: Image.Image) -> Array:
-    """Soft pencil lines over a faint wash of the colours, on paper."""
-    side = picture.width
-    soft = _plain(picture.filter(ImageFilter.GaussianBlur(side / 128)))
-    slope = np.abs(np.roll(soft, 1, 0) - np.roll(soft, -1, 0)) + np.abs(np.roll(soft, 1, 1) - np.roll(soft, -1, 1))
-    slope[[0, -1]] = slope[:, [0, -1]] = 0
-    lines = np.clip(slope.max(-1, keepdims=True) * (side / 128) * 1.6 - 0.08, 0, 1)
-    return (np.array((0.97, 0.96, 0.93), np.float32) - 0.3 * (1 - soft)) * (1 - 0.7 * lines)
-
-
-def _sunset(picture: Image.Image) -> Array:
-    """Orange light from a low sun under a violet sky."""
-    y = (np.arange(picture.height, dtype=np.float32)[:, None, None] + 0.5) / picture.height
-    light = np.array((0.85, 0.5, 0.6), np.float32) * (1 - y) + np.array((1.0, 0.72, 0.5), np.float32) * y
-    return _plain(picture) * light + np.array((0.12, 0.04, 0.06), np.float32)
-
-
-_STYLES: dict[str, Callable[[Image.Image], Array]] = {"plain": _plain, "sketch": _sketch, "sunset": _sunset}
-
-
-def styled(picture: Image.Image, style: str) -> Array:
-    """A picture in one of STYLES, uint8 [side, side, 3]."""
-    return as_bytes(_STYLES[style](picture))

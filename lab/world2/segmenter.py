@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from .places import PLACES, STYLES
+from ...demo.styles import STYLES
+from .places import PLACES
 from .sprites import FIGURES, LOOKS
 from .world import Scene, Shown
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .places import LEFT, PLACES, STYLES, as_bytes, layers, styled
+from ...demo.styles import STYLES, as_bytes, styled
+from .places import LEFT, PLACES, layers
 from .sprites import CELL, COLOURS, FIGURES, LOOKS, PERSON, VERBS, extent, sprite
 
 Array = np.ndarray
