@@ -17,7 +17,7 @@ from checkpoint import write_xl_checkpoint
 from comfy.sdxl_clip import SDXLTokenizer
 from equal import same_weights
 from pack import PROJECT
-from small import FULL_XL, XL, build_xl, meta_unet
+from small import FULL_XL, SHALLOW_XL, XL, build_xl, meta_unet
 from tune_a_video.nodes import DDIMInvert, ExportPublished, InflateUNet, LoadPublished, OneShotTune, SampleVideo
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import memory, tuning
@@ -31,10 +31,6 @@ from tune_a_video.tav_core.pipeline.apply import apply_weights, check_base
 from tune_a_video.tav_core.pipeline.network import TrainingUNet, estimate_step
 from tune_a_video.tav_core.pipeline.one_shot import Saving, Validation, one_shot_tune
 from tune_a_video.tav_core.store.weights import load_file, save_file
-
-# Of fewer blocks, for what takes long.
-SHALLOW = {**XL, "transformer_depth": [0, 0, 1, 1, 3, 3], "transformer_depth_middle": 3}
-SHALLOW |= {"transformer_depth_output": [0, 0, 0, 1, 1, 1, 3, 3, 3]}
 
 
 def blank(config):
@@ -308,7 +304,7 @@ def test_light_trains_58_million_parameters_and_the_papers_choice_614():
     [("light", "fp32", "nothing"), ("light", "bf16", "all"), ("paper", "bf16", "all")],
 )
 def test_the_estimate_is_what_a_tune_takes(prompts, layers, precision, recompute):
-    inflated = host.inflate(build_xl(SHALLOW), "video", layers=layers)
+    inflated = host.inflate(build_xl(SHALLOW_XL), "video", layers=layers)
     shape = torch.Size((4, 4, 16, 24))
 
     def tune():

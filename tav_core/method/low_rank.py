@@ -21,11 +21,18 @@ class _Change(nn.Module):
 
     def __init__(self, layer: Any, device: torch.device | str):
         super().__init__()
-        self.lora_down = nn.Linear(layer.in_features, RANK, bias=False, device=device)
-        self.lora_up = nn.Linear(RANK, layer.out_features, bias=False, device=device)
+        self.lora_down = _empty(layer.in_features, RANK, device)
+        self.lora_up = _empty(RANK, layer.out_features, device)
 
     def hook(self, _layer: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
         return out + self.lora_up(self.lora_down(args[0]))
+
+
+def _empty(n_in: int, n_out: int, device: torch.device | str) -> nn.Linear:
+    """A layer without values: nothing is drawn from the global random state, as in `TemporalLayers`."""
+    layer = nn.Linear(n_in, n_out, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(n_out, n_in, device=device))
+    return layer
 
 
 class LowRankQueries(nn.Module):
@@ -44,8 +51,7 @@ class LowRankQueries(nn.Module):
             for attention in ("attn1", "attn2")
         }
         self.names = list(layers)
-        # As in `TemporalLayers`: nothing is drawn from the global random state.
-        self.changes = nn.ModuleList(_Change(layer, "meta") for layer in layers.values()).to_empty(device=device)
+        self.changes = nn.ModuleList(_Change(layer, device) for layer in layers.values())
         for layer, change in zip(layers.values(), self.changes, strict=True):
             layer.register_forward_hook(change.hook)
 

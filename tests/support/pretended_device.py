@@ -16,13 +16,14 @@ import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import pytest
 import torch
+from small import SHALLOW_XL, build_xl
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.guidance import Steering
-from tune_a_video.tav_core.method.inflation import RECOMPUTE
+from tune_a_video.tav_core.method.inflation import LIGHT, PAPER, RECOMPUTE
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.method.windows import WHOLE, Windows
 from tune_a_video.tav_core.pipeline import editing
@@ -144,6 +145,35 @@ def test_an_edit_stays_on_the_models_device(
         edited = editing.sample_video(tuned, inverted, prompts[0], prompts[1], 3, 12.5, step, steering)
     assert edited["samples"].device.type == "cpu"
     assert max(counts[2] - counts[0], counts[5] - counts[3]) <= 2 * waits
+
+
+@pytest.mark.parametrize(("layers", "windows"), [(LIGHT, WHOLE), (LIGHT, CUT), (PAPER, WHOLE)])
+def test_sdxl_stays_on_the_models_device(device, pretending, layers, windows):
+    """Its pooled text and sizes, too."""
+    base, waited = build_xl(SHALLOW_XL), []
+    text = [[torch.zeros(1, 7, 16), {"pooled_output": torch.zeros(1, 16)}]]
+    recipe, latent = Recipe(3), {"samples": torch.zeros(CLIP)}
+    with torch.inference_mode():
+        learned = one_shot_tune(
+            host.inflate(base, "video", layers=layers), latent, text, Recipe(1), "fp32", "nothing", print
+        )
+        tuned = apply_weights(host.inflate(base, "video", windows, layers=layers), learned)
+
+    def step(*_args):
+        waited.append(reads.count)
+
+    video = on(device, host.inflate(base, "video", windows, layers=layers))
+    with pretending() as reads:
+        weights = one_shot_tune(video, {"samples": torch.zeros(CLIP)}, text, recipe, "fp32", "nothing", step)
+    assert {tensor.device.type for tensor in (*weights.queries.values(), *weights.temporal.values())} == {"cpu"}
+    assert [after - before for before, after in pairwise(waited)] == [2, 2], "loss and norm of the gradient"
+    on(device, tuned)
+    waited.clear()
+    with pretending() as reads, torch.no_grad():
+        inverted, _noise, _sigmas = editing.invert(tuned, {"samples": torch.zeros(CLIP)}, text, 3, step)
+        edited = editing.sample_video(tuned, inverted, text, text, 3, 12.5, step)
+    assert edited["samples"].device.type == "cpu"
+    assert waited[2] == waited[0] and waited[5] == waited[3]
 
 
 class Launches(Work):

@@ -40,6 +40,9 @@ XL = {
     "use_temporal_attention": False,
     "legacy": False,
 }
+# Of fewer blocks, for what takes long.
+SHALLOW_XL = {**XL, "transformer_depth": [0, 0, 1, 1, 3, 3], "transformer_depth_middle": 3}
+SHALLOW_XL |= {"transformer_depth_output": [0, 0, 0, 1, 1, 1, 3, 3, 3]}
 FULL_XL = {**XL, "model_channels": 320, "context_dim": 2048, "num_head_channels": 64, "adm_in_channels": 2816}
 
 
