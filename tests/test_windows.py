@@ -79,7 +79,7 @@ def test_windows_cover_a_clip(data):
     runs = [window[1:] for window in windows]
     assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
     assert all(len({*a} & {*b}) >= overlap for a, b in pairwise(runs))
-    assert all(run[0] in range(1, 1 + cut.starts(clip)) for run in runs)
+    assert runs[0][:1] in ([1], []) and runs[-1][-1:] in ([clip - 1], [])
     shorter = len(windows) - 1  # so many would not do
     assert not shorter or shorter * (frames - 1) - (shorter - 1) * overlap < clip - 1
 
@@ -91,6 +91,15 @@ def test_windows_at_much_noise_are_spread_over_the_clip(frames, clip):
     assert sorted(frame for window in windows for frame in window[1:]) == [*range(1, clip)]
     assert (len(windows) - 1) * (frames - 1) < clip - 1  # so many would not do
     assert all(window[1] <= len(windows) and window[-1] >= clip - len(windows) for window in windows)
+
+
+@given(st.integers(4, 40), st.integers(2, 300))
+def test_windows_of_a_tune_leave_no_frame_out(frames, clip):
+    windows = Windows(frames).for_tuning(clip)
+    assert {len(window) for window in windows} == {min(frames, clip)} and all(window[0] == 0 for window in windows)
+    assert {frame for window in windows for frame in window} == set(range(clip))
+    strides = {after - before for _first, *run in windows for before, after in pairwise(run)}
+    assert strides <= {max((clip - 1) // (frames - 1), 1)}
 
 
 def test_the_windows_of_a_clip():
@@ -342,7 +351,7 @@ def test_what_the_hosts_windows_would_spoil_is_refused(host_windows, in_windows,
 def test_draws_of_windows():
     draws = [next(own) for own in [Draws(torch.Size([9, 4, 2, 2]), 1000, 3, Windows(4, 1))] for _ in range(300)]
     assert {draw.noise.shape for draw in draws} == {(4, 4, 2, 2)}
-    assert {tuple(draw.frames) for draw in draws} == {(0, start, start + 1, start + 2) for start in range(1, 7)}
+    assert {tuple(draw.frames) for draw in draws} == {(0, start, start + 2, start + 4) for start in range(1, 5)}
     whole, plain = (next(Draws(torch.Size([9, 4, 2, 2]), 1000, 3, cut)) for cut in (Windows(9, 1), WHOLE))
     assert torch.equal(whole.noise, plain.noise) and whole[1:] == plain[1:] and plain.frames == slice(None)
 

@@ -22,7 +22,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 # Raise it with every change after which the same clip, model and recipe end in other weights, whichever file it is in
 # (this one, network, attention, inflation): states that older packs saved are then neither continued nor reused.
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Draws:
     """Endless draws, a step each, from a generator of its own. Noise is float32 on the CPU.
 
     Noise is independent per frame; the timestep is one for the video, uniform in [0, `timesteps`). Where the clip is
-    cut, a window begins at any frame alike.
+    cut, every window is as likely.
 
     Args:
         shape: of the clip's latents, [f, c, h, w].
@@ -100,7 +100,8 @@ class Draws:
         timestep = self._below(self.timesteps)
         if self.shape[0] == self.clip:
             return Draw(noise, timestep)
-        return Draw(noise, timestep, self.windows.at(1 + self._below(self.windows.starts(self.clip)), self.clip))
+        windows = self.windows.for_tuning(self.clip)
+        return Draw(noise, timestep, windows[self._below(len(windows))])
 
     def _below(self, end: int) -> int:
         return int(torch.randint(end, (1,), generator=self.generator))

@@ -46,23 +46,26 @@ class Windows:
         """Whether a clip is longer than a window."""
         return 0 < self.frames < clip
 
-    def starts(self, clip: int) -> int:
-        """At how many frames a window may begin, from frame 1 on; 1 where the clip is not cut."""
-        return clip - self.at_once(clip) + 1
+    def for_tuning(self, clip: int) -> list[list[int]]:
+        """The windows that a step of a tune may be: the clip's first frame, and others as far apart as leaves none out.
 
-    def at(self, start: int, clip: int) -> list[int]:
-        """The frames of a window that begins at frame 1 or later: the clip's first one, and a run."""
-        return [0, *range(start, start + self.at_once(clip) - 1)]
+        Of runs of neighbours, a tune learned less of the clip's motion (docs/evaluation.md).
+        """
+        run = self.at_once(clip) - 1
+        stride = (clip - 1) // run
+        return [[0, *range(start, start + stride * run, stride)] for start in range(1, clip - stride * (run - 1))]
 
     def of(self, clip: int, timestep: float = 0) -> list[list[int]]:
         """The fewest windows that cover a clip of so many frames: runs of neighbours, or all spread over the clip."""
-        last = self.starts(clip) - 1
+        run = self.at_once(clip) - 1
+        last = clip - 1 - run
         if last and timestep >= SPREAD_FROM:
             count = -(-(clip - 1) // (self.frames - 1))
             return [[0, *range(1 + i, clip, count)] for i in range(count)]
         step = self.frames - 1 - self.overlap  # the first frame is everywhere, and no overlap
         gaps = -(-last // step) if last else 0
-        return [self.at(1 + round(i * last / max(gaps, 1)), clip) for i in range(gaps + 1)]
+        starts = [1 + round(i * last / max(gaps, 1)) for i in range(gaps + 1)]
+        return [[0, *range(start, start + run)] for start in starts]
 
 
 WHOLE = Windows()
