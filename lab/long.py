@@ -123,7 +123,8 @@ def evaluate(studio: Studio, out: Path) -> str:
     for number in tqdm(CLIPS, "clips"):
         for i, way in enumerate(WAYS):
             setting = {"clip": list(ALL[number]), "way": way, "recipe": asdict(SHORT), "steps": STEPS, "cfg": CFG}
-            setting |= {"windows": [WAYS[way].of(FRAMES, timestep) for timestep in range(0, 1000, 100)]}
+            layout = [WAYS[way].of(FRAMES, timestep) for timestep in range(0, 1000, 100)]
+            setting |= {"windows": [*layout, WAYS[way].for_tuning(FRAMES)]}
             file = out / f"long_{number:02d}_{i}.json"
             rows += kept(file, setting, lambda number=number, way=way: run(studio, number, way, out))
     print(f"{FRAMES} frames, {len(rows) // len(WAYS)} edits", table(rows), sep="\n\n")

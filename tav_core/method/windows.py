@@ -3,7 +3,8 @@
 A window holds the clip's first frame, which every frame's sparse-causal attention looks at, and others; the temporal
 attention stays inside it. At much noise, where places and outlines come about, the others are spread over the whole
 clip, so that its end knows of its middle; at little noise they are neighbours. The noise alone decides, so an inversion
-stays the inverse of its sampling. Outputs are blended as in MultiDiffusion (arXiv 2302.08113).
+stays the inverse of its sampling. In a tune they are always spread, for it to see the motion of the whole clip. Outputs
+are blended as in MultiDiffusion (arXiv 2302.08113).
 """
 
 from collections.abc import Callable
