@@ -66,7 +66,8 @@ class Workspace:
 
     def open_template(self, name):
         card = self.templates().get_by_test_id(f"template-workflow-{name}")
-        self._until(partial(card.click, timeout=30_000), self.page.get_by_role("dialog"), "detached", 30_000)
+        # The card, and not the dialog that it is in: another may open at once, for models that are missing.
+        self._until(partial(card.click, timeout=30_000), card, "detached", 30_000)
         self.page.wait_for_function(OPEN, arg=name)
 
     def open_file(self, path):
