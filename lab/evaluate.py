@@ -91,15 +91,20 @@ def exactly_inverted(subject: Subject) -> Edit:
 
 def masked(subject: Subject) -> Edit:
     """With a mask of the object that the caption names, or of all but that; none where the style is edited."""
-    video, scene = subject.tuned, subject.clip.scenes[0]
-    start = subject.invert(video)
+    scene = subject.clip.scenes[0]
+    return masked_by(subject, scene.object, lambda prompt: (scene.object in prompt, scene.background in prompt))
+
+
+def masked_by(subject: Subject, word: str, keeps: Callable[[str], tuple[bool, bool]]) -> Edit:
+    """The whole method with a mask of what `word` names; `keeps` says whether a prompt keeps that, and the place."""
+    video, start = subject.tuned, subject.invert(subject.tuned)
 
     def edit(prompt: str) -> dict[str, Tensor]:
-        keeps_object, keeps_place = scene.object in prompt, scene.background in prompt
+        keeps_object, keeps_place = keeps(prompt)
         latent = start
         if not (keeps_object and keeps_place):
             what, grow = ("background", 0) if keeps_object else ("object", CELL)
-            words = subject.studio.clip, subject.clip.caption, scene.object
+            words = subject.studio.clip, subject.clip.caption, word
             latent, _mask = finding.find_mask(video, start, *words, what, grow, callback=quiet)
         return subject.edit_from(video, latent)(prompt)
 
@@ -152,7 +157,7 @@ def run(studio: Studio, number: int, methods: list[str], out: Path) -> list[dict
             judge(name, head, pictures)
         tqdm.write(f"{clip.caption}, {name}: {time.perf_counter() - started:.0f} s")
     for head, scene in wanted.items():
-        judge(TRUTH, head, judged.through(drawn(clip, head, scene)))
+        judge(TRUTH, head, studio.through(drawn(clip, head, scene)))
         ways = {f"{scene.caption}\n{name}": pictures[head] for name, pictures in edited.items()}
         sheet.contact_sheet({**source, **ways}).save(out / f"clip_{number:02d}_{head}.png")
     first = {scene.caption: edited[methods[0]][head] for head, scene in wanted.items()}

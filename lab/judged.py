@@ -60,15 +60,11 @@ class Judge:
 
     @cached_property
     def source(self) -> Tensor:
-        return self.through(image.from_bytes(self.clip.frames))
-
-    def through(self, pictures: Tensor) -> Tensor:
-        """Pictures as the autoencoder passes them."""
-        return self.studio.decode(self.studio.latents((255 * pictures).numpy()))
+        return self.studio.through(image.from_bytes(self.clip.frames))
 
     @cached_property
     def truth(self) -> Callable[[str], strict.Truth]:
-        return cache(lambda thing: strict.truth(self.clip, thing, self.through))
+        return cache(lambda thing: strict.truth(self.clip, thing, self.studio.through))
 
     def flow(self, pictures: Tensor) -> dict[str, float]:
         """What Score Video measures by optical flow, against the clip."""

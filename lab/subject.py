@@ -45,6 +45,10 @@ class Studio:
     def decode(self, latent: dict[str, Tensor]) -> Tensor:
         return self.vae.decode(latent["samples"]).clamp(0, 1)
 
+    def through(self, pictures: Tensor) -> Tensor:
+        """Pictures [f, h, w, 3] as the autoencoder passes them."""
+        return self.decode(self.latents((255 * pictures).numpy()))
+
 
 @dataclass
 class Subject:

@@ -18,7 +18,7 @@ def network():
 @pytest.fixture
 def judged(network, monkeypatch):
     """Of a clip's edit: what is said of pictures; the clip's; the drawn edit's. The autoencoder is left out."""
-    monkeypatch.setattr(evaluate.Judge, "through", lambda _self, pictures: pictures)
+    monkeypatch.setattr(Studio, "through", lambda _self, pictures: pictures)
 
     def of(number, kind, frames=8):
         plan, edit = clips.plan(number), clips.edits(number)[kind]

@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 from ...demo import model as demo_model
 from ...tav_core.pictures import image
-from ...tav_core.pipeline import finding
 from .. import evaluate, measure, quality, sheet, strict, tables
 from ..evaluate import LEVERS, METHODS
 from ..judged import CELL
 from ..kept import kept
-from ..subject import CFG, GROUP_NORM, RECIPE, STEPS, Edit, Studio, Subject, quiet
+from ..subject import CFG, GROUP_NORM, RECIPE, STEPS, Edit, Studio, Subject
 from . import clips, judge, segmenter
 from .sprites import FIGURES, PERSON, VERBS
 from .world import PLACES, STYLES, Clip, draw, plate
@@ -91,8 +90,8 @@ class Judge:
         new, other_way = torch.from_numpy(drawn.masks[:, 0]), torch.from_numpy(np.stack(mirrored))
         figure, old = actors[0].figure, self.source.scenes[0].actors[0].figure
         overlap = torch.maximum(*(judge.iou(seen.shows == FIGURES.index(figure), mask) for mask in (new, other_way)))
-        empty = self.through(image.from_bytes(np.stack([plate(scene) for scene in drawn.scenes])))
-        stands = [strict.seen(x, empty, 0) for x in (self.shown, self.through(image.from_bytes(drawn.frames)))]
+        empty = self.studio.through(image.from_bytes(np.stack([plate(scene) for scene in drawn.scenes])))
+        stands = [strict.seen(x, empty, 0) for x in (self.shown, self.studio.through(image.from_bytes(drawn.frames)))]
         return {
             "whole": float(judge.whole_object(seen, figure, new, other_way).float().mean()),
             "iou": float(overlap.mean()),
@@ -117,13 +116,9 @@ class Judge:
         there = (strict.grown(other, 2) & ~actor) | (seen.shows == FIGURES.index(self.other))
         return seen._replace(shows=seen.shows.masked_fill(there, segmenter.CLASSES.index(drawn.scenes[0].place)))
 
-    def through(self, pictures: Tensor) -> Tensor:
-        """Pictures as the autoencoder passes them."""
-        return self.studio.decode(self.studio.latents((255 * pictures).numpy()))
-
     @cached_property
     def shown(self) -> Tensor:
-        return self.through(image.from_bytes(self.source.frames))
+        return self.studio.through(image.from_bytes(self.source.frames))
 
     @cached_property
     def masks(self) -> Tensor:
@@ -133,19 +128,11 @@ class Judge:
 def masked(subject: Subject) -> Edit:
     """With a mask of the figure that the caption names, or of all but that; none where the style is edited."""
     scene = subject.clip.scenes[0]
-    actor, start = scene.actors[0], subject.invert(subject.tuned)
-
-    def edit(prompt: str) -> dict[str, Tensor]:
-        keeps_figure, keeps_place = prompt.startswith(actor.phrase), PLACES[scene.place] in prompt
-        latent = start
-        if not (keeps_figure and keeps_place):
-            what, grow = ("background", 0) if keeps_figure else ("object", CELL)
-            word = PERSON if actor.figure in VERBS else actor.figure
-            words = subject.studio.clip, subject.clip.caption, word
-            latent, _mask = finding.find_mask(subject.tuned, start, *words, what, grow, callback=quiet)
-        return subject.edit_from(subject.tuned, latent)(prompt)
-
-    return edit
+    actor = scene.actors[0]
+    word = PERSON if actor.figure in VERBS else actor.figure
+    return evaluate.masked_by(
+        subject, word, lambda prompt: (prompt.startswith(actor.phrase), PLACES[scene.place] in prompt)
+    )
 
 
 WAYS = {**METHODS, **LEVERS, "mask of the object": masked}
@@ -163,6 +150,16 @@ COLUMNS: tables.Columns = {
     "motion": ("motion correlation", ".3f", np.median),
     "cells": ("position error, cells", ".2f", np.median),
     "flicker": ("flicker on the path", ".1f", np.median),
+}
+# Of the table of differences: names and digits.
+DIFFERENCES = {
+    "agreement": ("looks that agree", ".0%"),
+    "verb": ("right verb", ".0%"),
+    "whole": ("whole figure", ".0%"),
+    "background": ("background kept, dB", ".1f"),
+    "object_kept": ("object kept, dB", ".1f"),
+    "motion": ("motion correlation", ".3f"),
+    "flicker": ("flicker on the path", ".1f"),
 }
 OF_PICTURES = ("thing", "verb", "place", "style")  # what pictures without a clip can be right in
 
@@ -191,7 +188,7 @@ def run(
     for kind, wanted in drawn.items():
         alone = quality.generate(studio.model, studio.clip, studio.vae, [wanted.caption] * FRAMES)
         take(ALONE, kind, alone, OF_PICTURES)
-        take(DRAWN, kind, judged.through(image.from_bytes(wanted.frames)))
+        take(DRAWN, kind, studio.through(image.from_bytes(wanted.frames)))
         sheet.contact_sheet(sheets[kind]).save(out / f"clip_{number:02d}_{kind}.png")
     return rows
 
@@ -222,17 +219,6 @@ def main() -> None:
             print(f"## {name}, {len(rows) // len(ways)} edits", tables.table(rows, "method", ways, COLUMNS), sep="\n\n")
             print(tables.beside(rows, "method", args.methods, DIFFERENCES, evaluate.LESS_IS_MORE), sep="\n\n")
 
-
-# Of the table of differences: names and digits.
-DIFFERENCES = {
-    "agreement": ("looks that agree", ".0%"),
-    "verb": ("right verb", ".0%"),
-    "whole": ("whole figure", ".0%"),
-    "background": ("background kept, dB", ".1f"),
-    "object_kept": ("object kept, dB", ".1f"),
-    "motion": ("motion correlation", ".3f"),
-    "flicker": ("flicker on the path", ".1f"),
-}
 
 if __name__ == "__main__":
     main()

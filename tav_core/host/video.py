@@ -289,9 +289,10 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     """A wrapper around one sampling run, any sampler's: the clip is known in it, and its UNet must be a video's."""
     guider = executor.class_obj
     frames = noise.shape[0]
-    prompts = [prompt for conditioning in guider.conds.values() for prompt in conditioning or ()]
-    windows = inflation_of(guider.model_patcher).windows
-    if cut_by_host(guider.model_options, frames, windows) and any("control" in prompt for prompt in prompts):
+    inflation = inflation_of(guider.model_patcher)
+    if cut_by_host(guider.model_options, frames, inflation.windows) and any(
+        "control" in prompt for conditioning in guider.conds.values() for prompt in conditioning or ()
+    ):
         raise ValueError(
             "a ControlNet gives every context window the pictures of the first one. Remove the context windows node, "
             "and set window in Inflate UNet instead."
@@ -318,7 +319,7 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
 
     with ExitStack() as undo:
         blocks = parts_of(guider.model_patcher.model.diffusion_model).blocks
-        for name in inflation_of(guider.model_patcher).temporal.names:
+        for name in inflation.temporal.names:
             undo.callback(blocks[name].register_forward_pre_hook(check).remove)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     if not calls and len(sigmas) > 1:

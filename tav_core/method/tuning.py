@@ -88,7 +88,8 @@ class Draws:
     """
 
     def __init__(self, shape: torch.Size, timesteps: int, seed: int, windows: Windows = WHOLE):
-        self.clip, self.timesteps, self.windows = shape[0], timesteps, windows
+        self.timesteps = timesteps
+        self.windows = windows.for_tuning(shape[0]) if windows.cuts(shape[0]) else []
         self.shape = (windows.at_once(shape[0]), *shape[1:])
         self.generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -98,10 +99,9 @@ class Draws:
     def __next__(self) -> Draw:
         noise = torch.randn(self.shape, generator=self.generator)
         timestep = self._below(self.timesteps)
-        if self.shape[0] == self.clip:
+        if not self.windows:
             return Draw(noise, timestep)
-        windows = self.windows.for_tuning(self.clip)
-        return Draw(noise, timestep, windows[self._below(len(windows))])
+        return Draw(noise, timestep, self.windows[self._below(len(self.windows))])
 
     def _below(self, end: int) -> int:
         return int(torch.randint(end, (1,), generator=self.generator))
