@@ -155,13 +155,22 @@ def test_a_part_of_what_was_tuned_is_refused(model, make_weights, folder, part, 
         ApplyWeights.execute(model, LoadWeights.execute("w.safetensors").result[0], 1.0, 1.0)
 
 
-def test_tuned_weights_are_not_applied_over_others(model, make_weights):
+@pytest.mark.parametrize("motion", [1.0, 0.0])
+def test_tuned_weights_are_not_applied_over_others(model, make_weights, motion):
     first, second = make_weights(model), make_weights(model, seed=4)
-    tuned = apply_weights(model, first)
+    (tuned,) = ApplyWeights.execute(model, first, motion, 1.0).result
     with pytest.raises(ValueError, match="has other tuned weights already: connect the MODEL from before"):
         ApplyWeights.execute(tuned, second, 1.0, 1.0)
     # A tune of a tuned model belongs on that one.
     ApplyWeights.execute(tuned, make_weights(tuned), 1.0, 1.0)
+
+
+def test_motion_that_another_motion_replaces_is_told(model, make_weights, caplog):
+    """Without the first one's content nothing tells its MODEL from the one that the second was tuned on."""
+    (moves,) = ApplyWeights.execute(model, make_weights(model), 1.0, 0.0).result
+    assert "replace" not in caplog.text
+    ApplyWeights.execute(moves, make_weights(model, seed=4), 1.0, 1.0)
+    assert "replace the motion of the tuned weights" in caplog.text
 
 
 def test_the_change_gives_the_tuned_weight_back_to_the_bit():

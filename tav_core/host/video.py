@@ -43,10 +43,11 @@ class Inflation:
     Attributes:
         temporal: its temporal layers, shared by its clones and never changed once attached.
         group_norm: see `inflation`.
-        frames: length of the clip that it was tuned on; None before tuning.
+        frames: length of the clip that it was tuned on; None before tuning, or where it is not known.
         windows: how a clip is cut.
         attends: see `attention`.
         layers: see `inflation`.
+        tuned: whether the layers, and the queries beside them, are tuned ones, at whatever strength.
     """
 
     temporal: TemporalLayers
@@ -55,6 +56,7 @@ class Inflation:
     windows: Windows = WHOLE
     attends: str = PAPERS
     layers: str = PAPER
+    tuned: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def apply_weights(
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
     cut = weights.windows if windows is None else windows
-    inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends, weights.layers)
+    inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends, weights.layers, True)
     tuned = host.with_inflation(model, inflation)
     add = host.add_tune if weights.layers == PAPER else host.add_low_rank_tune
     add(tuned, weights.queries, content)
@@ -71,16 +71,14 @@ def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
             f"these weights were tuned on {weights.base_family}, this MODEL is {family}: use a checkpoint of their "
             "family."
         )
+    inflation = model.attachments.get(host.KEY)
+    tuned = inflation is not None and inflation.tuned
     if weights.base_fingerprint == host.fingerprint(model):
+        if tuned:  # a tune of this very MODEL, or, where the other's content is 0, one of the MODEL before it
+            log.warning("Tune-A-Video: these weights replace the motion of the tuned weights that this MODEL had")
         return
-    if _is_tuned(model):
+    if tuned:
         raise ValueError(
             "this MODEL has other tuned weights already: connect the MODEL from before One-Shot Tune or Apply Weights."
         )
     log.info("Tune-A-Video: the weights were tuned on another base of this family (%s)", family)
-
-
-def _is_tuned(model: host.ModelPatcher) -> bool:
-    inflation = model.attachments.get(host.KEY)
-    # An untuned layer's output is zero.
-    return inflation is not None and any(layer.attn_temp.to_out[0].weight.any() for layer in inflation.temporal.layers)
