@@ -55,9 +55,7 @@ class SaveWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights, filename_prefix, precision, lora=False) -> io.NodeOutput:
-        if lora:
-            library.save_lora(weights, filename_prefix, precision)
-        return io.NodeOutput(library.save_weights(weights, filename_prefix, precision))
+        return io.NodeOutput(library.save_weights(weights, filename_prefix, precision, lora))
 
 
 class LoadWeights(io.ComfyNode):

@@ -141,7 +141,9 @@ def test_what_killed_saves_left_is_removed(folder, model, make_weights):
     killed.communicate("\n")
     (claim,) = (folder / "sub").iterdir()
     (claim / "car_00001" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(1000))
-    of_a_file = folder / ".w_00001.safetensors.k3x8_a2q.tmp"
+    of_a_file = folder / f".w_00001.safetensors.k3x8_a2q{files.UNFINISHED}"
+    others = folder / ".syncthing.skiing.safetensors.tmp"
+    others.touch()
     of_a_file.touch()
     users = folder / "notes.tmp"
     users.touch()
@@ -150,30 +152,31 @@ def test_what_killed_saves_left_is_removed(folder, model, make_weights):
     learned = make_weights(model)
     SaveWeights.execute(learned, "w", "fp32")
     assert claim.exists() and of_a_file.exists(), "another process may be at work there"
-    for path in (claim, of_a_file, users):
+    for path in (claim, of_a_file, users, others):
         age(path, 1.1)
     (claim / "car_00001" / "diffusion_pytorch_model.safetensors").touch()
     SaveWeights.execute(learned, "w", "fp32")
     assert claim.exists() and not of_a_file.exists(), "one file of it is still written"
     age(claim, 1.1)
     ExportPublished.execute(model, learned, "mine")
-    assert not claim.exists() and users.exists()
+    assert not claim.exists() and users.exists() and others.exists()
 
 
 def test_what_cannot_be_removed_stops_nothing(folder, model, make_weights, monkeypatch):
-    for name in (".a.tmp", ".b.tmp"):
+    kept, removed = (f".{name}{files.UNFINISHED}" for name in "ab")
+    for name in (kept, removed):
         (folder / name).touch()
         age(folder / name, 2)
     unlink = files.Path.unlink
 
     def locked(path, *args):
-        if path.name == ".a.tmp":
+        if path.name == kept:
             raise PermissionError(13, "Permission denied")
         unlink(path, *args)
 
     monkeypatch.setattr(files.Path, "unlink", locked)
     (name,) = SaveWeights.execute(make_weights(model), "w", "fp32").result
-    assert sorted(path.name for path in folder.iterdir()) == [".a.tmp", name]
+    assert sorted(path.name for path in folder.iterdir()) == [kept, name]
 
 
 def test_a_folder_that_goes_while_it_is_listed_stops_nothing(folder, model, make_weights, monkeypatch):

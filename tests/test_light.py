@@ -185,6 +185,16 @@ def test_the_queries_as_an_ordinary_lora(core, model, light, clip, prompts, lora
         assert torch.equal(weight, changed[key]) == (".to_q." not in key), key
 
 
+def test_a_lora_has_the_name_of_its_weights(light, clip, prompts, loras, folder):
+    """Also where each folder has files that the other has not."""
+    learned = tuned(light, clip, prompts, 1)
+    names = [SaveWeights.execute(learned, "ski", "fp32", lora=lora).result[0] for lora in (False, True)]
+    (loras / "ski_00003.safetensors").touch()
+    names += SaveWeights.execute(learned, "SKI", "fp32", lora=True).result
+    assert names == ["ski_00001.safetensors", "ski_00002.safetensors", "SKI_00004.safetensors"]
+    assert {path.name for path in loras.iterdir()} == {*names[1:], "ski_00003.safetensors"}
+
+
 def test_whole_queries_are_no_lora(inflated, clip, prompts, loras, folder):
     with pytest.raises(ValueError, match="only weights of light layers have a LoRA in them"):
         SaveWeights.execute(tuned(inflated, clip, prompts, 1), "paper", "fp32", lora=True)

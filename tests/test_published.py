@@ -517,6 +517,22 @@ def zip_of(path, parts, compression=zipfile.ZIP_STORED):
             archive.writestr(f"archive/{name}", data)
 
 
+def zip_after(path, value):
+    """A file of torch before 1.6, with a zip at its end, where zipfile looks for one."""
+    archive = path.with_suffix(".zip")
+    zip_of(archive, {"data.pkl": b""})
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + archive.read_bytes())
+    archive.unlink()
+
+
+def test_no_pickle_is_read_by_a_torch_that_cannot(model, folder, monkeypatch):
+    torch.save({"conv_in.weight": torch.zeros(2)}, folder / "old.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    with pytest.raises(ValueError, match=r"a pickle, which torch 2.5.1\+cu121 cannot read safely: update torch"):
+        load(model, "old.bin")
+
+
 @pytest.mark.parametrize("ending", ["bin", "pt"])
 def test_no_pickle_is_loaded_unsafely(model, folder, tmp_path, ending, monkeypatch):
     mark = tmp_path / "ran"
@@ -527,6 +543,8 @@ def test_no_pickle_is_loaded_unsafely(model, folder, tmp_path, ending, monkeypat
         lambda: torch.save(evil, path, _use_new_zipfile_serialization=False),
         lambda: path.write_bytes(pickle.dumps(evil)),
         lambda: zip_of(path, {"data.pkl": pickle.dumps(evil), "version": b"3\n"}),
+        lambda: zip_after(path, evil),
+        lambda: zip_after(path, {"conv_in.weight": torch.zeros(2)}),
     ]
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # a user's, for other software
     for attempt in attempts:

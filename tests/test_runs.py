@@ -24,6 +24,7 @@ from tune_a_video.tav_core.pipeline import one_shot
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 from tune_a_video.tav_core.pipeline.one_shot import Saving, one_shot_tune
 from tune_a_video.tav_core.store import runs
+from tune_a_video.tav_core.store.files import UNFINISHED
 
 
 @pytest.fixture
@@ -392,7 +393,7 @@ def test_a_state_that_cannot_be_removed_does_not_end_the_tidying(folder, monkeyp
 def test_half_written_files_of_killed_processes_are_removed_in_time(folder):
     run = runs.Run(folder, "a", 1)
     run.save(state(1), 1)
-    old, new = (folder / f"b.1.safetensors.{pid}.tmp" for pid in (1, 2))
+    old, new = (folder / f"b.1.safetensors.{pid}{UNFINISHED}" for pid in (1, 2))
     old.touch()
     new.touch()
     os.utime(old, (0, 0))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +13,7 @@ from ..method import low_rank
 from ..method.attention import PAPERS
 from ..method.inflation import LIGHT, PAPER, TemporalLayers
 from ..store import files, published
-from ..store.weights import TunedWeights, load_file, save_file
-from ..store.weights import save_lora as save_lora_file
+from ..store.weights import TunedWeights, load_file, save_file, save_lora
 from .apply import apply_weights, check_base
 
 log = logging.getLogger(__name__)
@@ -70,34 +67,38 @@ def stamp(name: str) -> str:
     return str([(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats])
 
 
-def save_weights(weights: TunedWeights, prefix: str, precision: str) -> str:
+def save_weights(weights: TunedWeights, prefix: str, precision: str, lora: bool = False) -> str:
     """Write a new weights file; its name, as `load_weights` takes it.
 
-    Raises ValueError and OSError as `save_file` and `files.write_new` do.
+    Args:
+        lora: write the queries of light weights as a LoRA file of the same name as well, as Load LoRA lists it.
+
+    Raises ValueError for a LoRA of other weights, ValueError and OSError as `save_file` and `files.write_new` do.
     """
-    write = partial(save_file, weights, precision=precision)
-    return _write_new(weights_folder(), weights, prefix, ".safetensors", write)
-
-
-def save_lora(weights: TunedWeights, prefix: str, precision: str) -> str:
-    """Write the queries of light weights as a new LoRA file; its name, as Load LoRA lists it.
-
-    Raises ValueError for other weights, ValueError and OSError as `save_weights` does.
-    """
-    if weights.layers != LIGHT:
+    if lora and weights.layers != LIGHT:
         raise ValueError(
             "only weights of light layers have a LoRA in them, these hold whole queries: set lora off, or tune with "
             "layers light in Inflate UNet."
         )
-    write = partial(save_lora_file, weights, precision=precision)
-    name = _write_new(host.lora_folder(), weights, prefix, ".safetensors", write)
-    log.info("Tune-A-Video: the queries are saved as the LoRA %s", name)
-    return name
+    prefix = _filled(prefix, weights)
+    loras = host.lora_folder() if lora else None
+
+    def write(file: Path) -> None:
+        save_file(weights, file, precision)
+        if loras is not None:
+            save_lora(weights, files.inside(loras, prefix).with_name(file.name), precision)
+            log.info("Tune-A-Video: the queries are saved as a LoRA of the same name, %s", file.name)
+
+    return _name(files.write_new(weights_folder(), prefix, ".safetensors", write, loras))
 
 
-def _write_new(folder: Path, weights: TunedWeights, prefix: str, ending: str, write: Callable[[Path], object]) -> str:
+def _name(path: Path) -> str:
+    return path.relative_to(weights_folder()).as_posix()
+
+
+def _filled(prefix: str, weights: TunedWeights) -> str:
     size = dict(zip(("width", "height"), weights.size, strict=True)) if weights.size else {}
-    return files.write_new(folder, files.filled(prefix, **size), ending, write).relative_to(folder).as_posix()
+    return files.filled(prefix, **size)
 
 
 def load_weights(name: str) -> TunedWeights:
@@ -149,7 +150,7 @@ def save_published(model: host.ModelPatcher, weights: TunedWeights, prefix: str)
         check_base(model, weights)
         write_published(model, weights, folder)
 
-    name = _write_new(weights_folder(), weights, prefix, "", write)
+    name = _name(files.write_new(weights_folder(), _filled(prefix, weights), "", write))
     if not published.regular(host.config_of(model)):
         log.warning("Tune-A-Video: this UNet has another form than the paper's code builds: only this pack reads it")
     if weights.attends != PAPERS:

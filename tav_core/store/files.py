@@ -26,8 +26,9 @@ from torch import Tensor
 
 MAX_HEADER = 16 << 20  # bytes; a full-size UNet's is 0.1 MB
 MAX_COMPONENT = 200  # bytes of a name between two slashes; file systems take 255, and a counter and an ending are added
+ZIP = b"PK\x03\x04"  # how a zip file begins
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
-UNFINISHED = ".tmp"  # how temporary files end
+UNFINISHED = ".tav.tmp"  # how temporary files end; others' end in .tmp too, in a folder of LoRAs, say
 UNFINISHED_SECONDS = 3600  # what nothing was written to for so long was left by a process that was killed
 DATE = {"M": "month", "d": "day", "h": "hour", "m": "minute", "s": "second"}  # letters of %date:…%, as in the page
 RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
@@ -98,22 +99,29 @@ def filled(name: str, **values: object) -> str:
     return name
 
 
-def write_new(folder: Path, prefix: str, ending: str, write: Callable[[Path], object]) -> Path:
+def write_new(
+    folder: Path, prefix: str, ending: str, write: Callable[[Path], object], beside: Path | None = None
+) -> Path:
     """Have `write` make a file or folder, then put it in place as the first free `prefix_00001…`; its path.
+
+    Args:
+        beside: another folder, where the name is to be free as well.
 
     All of it or nothing. Nothing is replaced, also where the disk or another process takes two names for one: a name is
     claimed by a hidden folder, made for it alone, in which `write` works.
 
     Raises ValueError as `inside`, or when the folder cannot be made, and OSError when the disk does not take it.
     """
-    parent = inside(folder, prefix).parent
+    parents = [inside(place, prefix).parent for place in (folder, beside) if place]
+    parent = parents[0]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        for each in parents:
+            each.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder for {prefix!r} could not be made: {error.strerror}. Use another name.") from None
     sweep(folder, f"**/.*{UNFINISHED}")
     stem = Path(prefix.replace("\\", "/")).name
-    taken, number = _taken(parent), 0
+    taken, number = _taken(parents), 0
     while True:
         number += 1
         name = f"{stem}_{number:05}{ending}"
@@ -126,7 +134,7 @@ def write_new(folder: Path, prefix: str, ending: str, write: Callable[[Path], ob
             except FileExistsError:
                 continue
         try:
-            if _one(name) in (taken := _taken(parent)):
+            if _one(name) in (taken := _taken(parents)):
                 continue  # another process has ended in the meantime
             write(claim / name)
             with _said(name):
@@ -142,8 +150,8 @@ def _one(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
-def _taken(folder: Path) -> set[str]:
-    return {_one(path.name) for path in folder.iterdir()}
+def _taken(folders: list[Path]) -> set[str]:
+    return {_one(path.name) for folder in folders for path in folder.iterdir()}
 
 
 def sweep(folder: Path, pattern: str) -> None:
@@ -305,7 +313,15 @@ def read_torch(path: Path) -> Any:
     Raises ValueError for anything else, including files of torch before 1.6, whose pickle says how much to allocate.
     """
     refuse_text(path)
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 6):  # CVE-2025-32434
+        raise ValueError(
+            f"{path.name} is a pickle, which torch {torch.__version__} cannot read safely: update torch to 2.6 or "
+            "later, or convert the file to safetensors."
+        )
     try:
+        with open(path, "rb") as file:
+            if file.read(len(ZIP)) != ZIP:  # torch looks here, zipfile at the end
+                raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
