@@ -558,7 +558,9 @@ def demo(arguments: list[str]) -> int:
         checkpoint = options.checkpoint.resolve()
         STATE.mkdir(exist_ok=True)
         paths = STATE / "demo_model_paths.yaml"
-        paths.write_text(f"demo:\n  checkpoints: {json.dumps(str(checkpoint.parent))}\n", encoding="utf-8")
+        # First of its kind: another file of this name in ComfyUI's own folder is not the one that was asked for.
+        folder = json.dumps(str(checkpoint.parent), ensure_ascii=False)
+        paths.write_text(f"demo:\n  is_default: true\n  checkpoints: {folder}\n", encoding="utf-8")
         for_comfyui = ["--extra-model-paths-config", str(paths)]
         job += ["--video", str(options.video.resolve()), "--caption", options.caption]
         job += ["--checkpoint", checkpoint.name, "--prompt", *options.prompt]

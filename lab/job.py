@@ -184,6 +184,8 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 def keep(videos: Mapping[str, Video], figures: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
+    for old in OUT.glob("edit_*.mp4"):  # of a run with more prompts
+        old.unlink()
     names = {name: f"edit_{i}" for i, name in enumerate(figures, 1)}
     for name, video in videos.items():
         (OUT / f"{names.get(name, name)}.mp4").write_bytes(video.file)
