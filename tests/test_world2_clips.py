@@ -36,5 +36,5 @@ def test_an_edit_changes_one_thing(number):
 
 def test_a_planned_clip_is_made():
     source, edit = clips.plan(9).make(frames=3), clips.edits(9)["place"].make(frames=3)
-    assert source.caption == "a man is cycling in front of a car on the grass"
+    assert source.caption == "a man is running in front of a car on the grass"
     assert np.array_equal(source.positions, edit.positions) and np.array_equal(source.masks, edit.masks)

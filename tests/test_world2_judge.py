@@ -88,6 +88,28 @@ def test_a_still_picture():
     assert not judge.picture_right(cut(seen(DOG), seen(CAT)), DOG)[0]["object"]
 
 
+@pytest.mark.parametrize("figure", judge.FIGURES)
+def test_two_of_a_figure_beside_each_other_are_not_one(figure):
+    one = Scene((Actor(figure, "flat", size=0.45, x=0.26),), "grass")
+    right = seen(one)
+    assert judge.picture_right(right, one)[0]["object"]
+    columns = (right.shows < segmenter.PLACE)[0].any(0).nonzero()[:, 0]
+    beside = right.shows.roll(int(columns[-1] - columns[0]) + 1, 2)
+    two = right._replace(shows=torch.where(right.shows < segmenter.PLACE, right.shows, beside))
+    assert not judge.picture_right(two, one)[0]["object"]
+
+
+def test_an_outline_is_compared_without_its_place_size_and_specks():
+    small, large = (
+        masks(Scene((Actor("cat", "soft", x=x, size=size),), "road"))[0] for x, size in ((0.4, 0.4), (0.6, 0.7))
+    )
+    speckled = small.clone()
+    speckled[:2, :2] = True
+    a, b, c = (judge.fitted(mask) for mask in (small, large, speckled))
+    assert judge.iou(a[None], b[None]) > 0.9 and torch.equal(a, c)
+    assert not judge.fitted(torch.zeros(8, 8, dtype=torch.bool)).any()
+
+
 def test_the_nearer_actor_is_the_truth_where_two_overlap():
     shown = world.draw(both := Scene((DOG.actors[0], CAT.actors[0]), "road"))
     truth = segmenter.truth_of(both, shown)
@@ -110,6 +132,17 @@ def test_labelled_pictures_carry_their_truth():
     labelled, shown = train.labelled(7, 0), world.draw(scene)
     assert np.array_equal(labelled[..., :3], shown.picture)
     assert np.array_equal(labelled[..., 3] < segmenter.PLACE, shown.masks.any(0))
+
+
+def test_the_segmenter_sees_what_the_autoencoder_loses(tmp_path):
+    """Each picture twice, as drawn and as an autoencoder passes it, with one truth; the folder's own is preferred."""
+    (drawn, passed), styles = train.judged(3, 0, tmp_path / "judged.pt")
+    assert torch.equal(drawn[:, 3:], passed[:, 3:]) and not torch.equal(drawn[:, :3], passed[:, :3])
+    assert (drawn[:, :3].float() - passed[:, :3].float()).abs().mean() < 12 and len(styles) == 3
+    torch.save(networks.new_vae().state_dict(), tmp_path / "vae.pt")
+    (_, by_own), _ = train.judged(3, 0, tmp_path / "again.pt")
+    assert not torch.equal(by_own, passed)
+    assert torch.equal(train.judged(3, 0, tmp_path / "judged.pt")[0][1], passed)  # kept
 
 
 def test_halves_are_halves():

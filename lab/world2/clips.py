@@ -40,8 +40,8 @@ def plan(number: int) -> Plan:
     figures = VERBS if person else THINGS
     motion = MOTIONS[turn % len(MOTIONS)]
     look = list(LOOKS)[(turn + turn // 4) % len(LOOKS)]
-    actor = Actor(figures[turn % len(figures)], look, size=0.5)
-    other = Actor(THINGS[(turn + 3) % len(THINGS)], list(LOOKS)[(turn + 1) % len(LOOKS)], size=0.46)
+    actor = Actor(figures[turn % len(figures)], look, size=0.6)
+    other = Actor(THINGS[(turn + 3) % len(THINGS)], list(LOOKS)[(turn + 1) % len(LOOKS)], size=0.54)
     place = list(PLACES)[(turn + 3 * person) % len(PLACES)]
     camera = CAMERAS[(turn + turn // 4 + person) % len(CAMERAS)]
     return Plan(motion, camera, actor, place, 200 + number, other=other if motion == "cross" else None)

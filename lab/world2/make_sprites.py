@@ -27,7 +27,6 @@ NAMES = {
     "walking": ("man-walking", "person-walking"),
     "dancing": ("man-dancing",),
     "skiing": ("skier",),
-    "cycling": ("man-biking", "person-biking"),
 }
 RIGHT = {("flat", "penguin")}  # look and figure of those that face right in their set: mirrored
 SCENERY = {("flat", "skiing"): 1}  # first shapes of an emoji that are scenery: left out

@@ -1,5 +1,7 @@
 """Measure a model of world 2: how often it shows what the prompt says, by the strict judge, and its autoencoder.
 
+Beside it what the judge says of the prompts' own scenes, drawn, as the autoencoder passes them: no model can do better.
+
   python tools/pack.py lab.world2.quality --model FILE --segmenter FILE [--out FOLDER] [--prompts N]
 
 Writes quality.json and quality.jpg (prompts that were missed are red).
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...demo import model as demo_model
-from ..quality import CFG, STEPS, generate, grid, round_trip
+from ...tav_core.method import metrics
+from ...tav_core.pictures import image
+from ..quality import CFG, STEPS, generate, grid
 from . import judge, segmenter, world
 
 SEED = 2  # of prompts, noise and pictures; training uses 0, its held-out pictures 1
@@ -35,29 +40,41 @@ def main() -> None:
     model, clip, vae = demo_model.load(args.model)
     stream = (world.random_scene(SEED, i) for i in count())
     scenes = list(islice((scene for scene in stream if len(scene.actors) == 1), args.prompts))
+    network = segmenter.load(args.segmenter)
+
+    def right_in(pictures: Tensor) -> dict[str, np.ndarray]:
+        """What of each prompt its picture is right in, bool [prompts] each."""
+        seen = judge.look_at(network, pictures)
+        frames = (judge.Seen(*(part[i : i + 1] for part in seen)) for i in range(len(scenes)))
+        rows = [judge.picture_right(frame, scene)[0] for frame, scene in zip(frames, scenes, strict=True)]
+        rows = [{**row, "all": all(row.values())} for row in rows]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def shares(found: dict[str, np.ndarray]) -> dict[str, float]:
+        return {name: round(float(right.mean()), 4) for name, right in found.items()}
+
+    drawn = image.from_bytes(np.stack([world.render(scene) for scene in scenes]))
+    passed = torch.cat([vae.decode(vae.encode(part)) for part in drawn.split(25)]).clamp(0, 1)
     pictures = generate(model, clip, vae, [scene.caption for scene in scenes])
-    seen = judge.look_at(segmenter.load(args.segmenter), pictures)
-    rows = [
-        judge.picture_right(judge.Seen(*(part[i : i + 1] for part in seen)), scene)[0] for i, scene in enumerate(scenes)
-    ]
-    right = np.array([list(row.values()) for row in rows])
-    figures = {scene.actors[0].figure for scene in scenes}
+    right = right_in(pictures)
+    figure_of = np.array([scene.actors[0].figure for scene in scenes])
     report = {
-        **dict(zip(rows[0], right.mean(0).round(4).tolist(), strict=True)),
-        "all": round(float(right.all(1).mean()), 4),
-        "vae_psnr": round(round_trip(vae, [world.render(scene) for scene in scenes]), 2),
+        **shares(right),
+        "drawn": shares(right_in(passed)),
+        "vae_psnr": round(float(metrics.psnr(passed, drawn).mean()), 2),
         "prompts": args.prompts,
         "steps": STEPS,
         "cfg": CFG,
         "seed": SEED,
         "figures": {
-            name: round(float(right[[scene.actors[0].figure == name for scene in scenes], 0].mean()), 3)
-            for name in sorted(figures)
+            name: round(float(right["object"][figure_of == name].mean()), 3) for name in np.unique(figure_of).tolist()
         },
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    grid(pictures[:64], [scene.caption for scene in scenes], right).save(args.out / "quality.jpg", quality=70)
+    grid(pictures[:64], [scene.caption for scene in scenes], right["all"][:, None]).save(
+        args.out / "quality.jpg", quality=70
+    )
     print(json.dumps(report, indent=2))
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ...demo.styles import STYLES
 from .places import PLACES
 from .sprites import FIGURES, LOOKS
+from .styles import STYLES
 from .world import Scene, Shown
 
 WEIGHTS = Path(__file__).with_name("segmenter.safetensors")

@@ -31,14 +31,18 @@ from ..train import (
     encoded,
     fit_autoencoder,
     fit_captions,
+    on_device,
     pictures,
+    reconstruct,
     run_stages,
     spoilt,
     unit,
 )
 from . import judge, segmenter, world
+from .places import PLACES
 from .sprites import FIGURES, LOOKS, VERBS
-from .world import PLACES, STYLES, Actor, Scene
+from .styles import STYLES
+from .world import Actor, Scene
 
 # Two minutes and a half of an H200, on from the demo's model: 2,275 steps of the autoencoder with 64 quarters of
 # pictures (28.9 dB on pictures that it never saw), 623 of text-to-image with 384 latents of 36,000 pictures; then the
@@ -48,9 +52,9 @@ BEGUN = Path(__file__).with_name("begun.safetensors")
 
 RECIPES = {
     "cpu": {
-        "segmenter": Stage(steps=600, batch=32, pictures=3000, lr=1e-3),
-        "autoencoder": Stage(steps=2200, batch=16, pictures=3000, lr=1e-3, average=100),
-        "text_to_image": Stage(steps=6000, batch=32, pictures=12000, lr=2e-3),
+        "segmenter": Stage(steps=2400, batch=32, pictures=5000, lr=1.5e-3),
+        "autoencoder": Stage(steps=2400, batch=16, pictures=3000, lr=1e-3, average=100),
+        "text_to_image": Stage(steps=11000, batch=32, pictures=16000, lr=2e-3),
     },
     "cuda": {
         "segmenter": Stage(steps=6000, batch=128, pictures=50000, lr=2e-3),
@@ -77,33 +81,37 @@ def rows(vocabulary: networks.Vocabulary, count: int, seed: int) -> Tensor:
 
 
 def prompts() -> list[str]:
-    """Each figure once, with places, looks and styles in turn, and a few whose look is told."""
-    turns = [
-        (figure, look, list(PLACES)[i % len(PLACES)], list(STYLES)[i // 2 % len(STYLES)])
-        for i, (figure, look) in enumerate(zip((*FIGURES, *FIGURES[::3]), list(LOOKS) * 4, strict=True))
-    ]
+    """Two rows of eight: each figure once, with places, looks and styles in turn, then a few whose look is told."""
+    looks, places, styles = list(LOOKS), list(PLACES), list(STYLES)
     return [
-        Scene((Actor(figure, look, tells=("look",) if i >= len(FIGURES) else ()),), place, style).caption
-        for i, (figure, look, place, style) in enumerate(turns)
+        Scene(
+            (Actor(FIGURES[i % len(FIGURES)], looks[i % len(looks)], tells=("look",) if i >= len(FIGURES) else ()),),
+            places[i % len(places)],
+            styles[i // 2 % len(styles)],
+        ).caption
+        for i in range(16)
     ]
+
+
+def autoencoder(out: Path) -> networks.TAESD:
+    """The one that was trained in this folder, or BEGUN's."""
+    vae, own = networks.new_vae(), out / "vae.pt"
+    begun = model.part(load_file(BEGUN), model.VAE_PREFIX)
+    vae.load_state_dict(torch.load(own, map_location=DEVICE, weights_only=True) if own.exists() else begun)
+    return on_device(vae)
 
 
 def train_autoencoder(stage: Stage, out: Path, deadline: float) -> None:
-    """On from the demo's, on random quarters of pictures, whose actors count more than the place."""
+    """On from BEGUN's, on random quarters of pictures, whose actors count more than the place."""
     torch.manual_seed(0)
-    vae = networks.new_vae()
-    vae.load_state_dict(model.part(load_file(model.WEIGHTS), model.VAE_PREFIX))
-    vae.to(DEVICE).to(memory_format=torch.channels_last)
+    vae = autoencoder(out)
     pool = pictures(0, stage.pictures, 0, weighed)
     fit_autoencoder(vae, stage, out, deadline, pool, unit(pictures(0, 32, HELD_OUT, picture)))
 
 
 def train_text_to_image(stage: Stage, out: Path, deadline: float) -> None:
     """On from BEGUN's UNet and text encoder; what that one draws badly is shown twice as often."""
-    vae = networks.new_vae().to(DEVICE).to(memory_format=torch.channels_last)
-    own = out / "vae.pt"
-    begun = model.part(load_file(BEGUN), model.VAE_PREFIX)
-    vae.load_state_dict(torch.load(own, map_location=DEVICE, weights_only=True) if own.exists() else begun)
+    vae = autoencoder(out)
     latents = encoded(vae, stage.pictures, out / "latents", 0, picture)
     held_out = encoded(vae, 256, out / "latents_held_out", HELD_OUT, picture)
     vocabulary = networks.Vocabulary(world.captions())
@@ -141,17 +149,18 @@ def start_from(file: Path, network: nn.ModuleDict, vocabulary: networks.Vocabula
 
 
 def train_segmenter(stage: Stage, out: Path, deadline: float) -> None:
-    """On from the kept one, on rendered pictures made worse at random.
+    """On from the kept one, on rendered pictures made worse at random, half of them by BEGUN's autoencoder.
 
     A third is cut together from two, a third has the figures of another one put before its own.
     """
     torch.manual_seed(2)
     network = segmenter.load().requires_grad_(True).train().to(DEVICE).to(memory_format=torch.channels_last)
     trainer = Trainer(network, stage, out / "segmenter.pt", deadline)
-    pool, styles = judged(stage.pictures, 0, out / "judged.pt")
-    held_out, held_out_styles = judged(500, HELD_OUT, out / "judged_held_out.pt")
+    pools, styles = judged(stage.pictures, 0, out / "judged.pt")
+    (_, held_out), held_out_styles = judged(500, HELD_OUT, out / "judged_held_out.pt")
 
     def loss() -> Tensor:
+        pool = pools[torch.randint(len(pools), ())]
         picks = torch.randint(len(pool), (stage.batch,))
         batch = pool[picks]
         batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
@@ -197,9 +206,15 @@ def labelled(index: int, seed: int) -> np.ndarray:
 
 
 def judged(count: int, seed: int, file: Path) -> tuple[Tensor, Tensor]:
-    """Labelled pictures, uint8 [count, 5, side, side], kept in a file; and their styles, [count]."""
+    """Labelled pictures, as drawn and as the autoencoder passes them, uint8 [2, count, 5, side, side], kept in a file.
+
+    And their styles, [count].
+    """
     if not file.exists():
-        write_whole(file, partial(torch.save, pictures(0, count, seed, labelled)))
+        drawn = pictures(0, count, seed, labelled)
+        parts = [reconstruct(autoencoder(file.parent), unit(part)) for part in drawn[:, :3].split(500)]
+        passed = torch.cat(parts).mul(255).round().byte().cpu()
+        write_whole(file, partial(torch.save, torch.stack([drawn, torch.cat([passed, drawn[:, 3:]], 1)])))
     styles = [list(STYLES).index(world.random_scene(seed, i).style) for i in range(count)]
     return torch.load(file, weights_only=True), torch.tensor(styles)
 
