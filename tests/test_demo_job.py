@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from live_server import Server
 from prompts import change
 from tune_a_video.lab import job
@@ -78,3 +79,13 @@ def test_a_video_never_takes_the_place_of_the_users(server, tmp_path):
     assert users.read_bytes() == b"the user's"
     assert name != "clip.mp4" and (server.base / "input" / name).read_bytes() == video.read_bytes()
     assert server.upload(video) == name, "the same again takes no further room"
+
+
+def test_edits_of_an_earlier_run_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "OUT", tmp_path)
+    for names in (["a cat", "a dog"], ["a bear"]):
+        videos = {
+            name: job.Video(torch.rand(2, 64, 64, 3), 8, name.encode()) for name in ("source", "reconstruction", *names)
+        }
+        job.keep(videos, {name: {"prompt": name} for name in names}, {})
+    assert [path.read_bytes() for path in tmp_path.glob("edit_*.mp4")] == [b"a bear"]
