@@ -330,6 +330,40 @@ def test_claims_search_by_an_index(ledger, query):
     assert step.startswith("SEARCH jobs USING INDEX by_state (state=?"), "no scan, and nothing is sorted"
 
 
+# --- one job ------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A server that keeps what it is sent, and says that nodes have written these outputs, in this order."""
+
+    def __init__(self, outputs):
+        self.outputs, self.sent = outputs, []
+
+    def run(self, prompt, _on_event, **_more):
+        self.sent.append(prompt)
+        return {"outputs": self.outputs, "status": {"messages": []}}
+
+    def download(self, output):
+        return output["filename"].encode()
+
+
+def do(server, prompt, number, folder):
+    return batch.do(server, prompt, job(number), folder, lambda *_: None)
+
+
+def node(kind, title="", **inputs):
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+
+
+def test_no_two_jobs_write_to_one_file_of_a_shared_output_folder(tmp_path):
+    server = Answers({})
+    for number in (1, 2):
+        prompt = {"1": node("SaveVideo", filename_prefix="video/a"), "2": node("SaveImage", filename_prefix=["3", 0])}
+        do(server, prompt, number, tmp_path)
+    given = [node["inputs"]["filename_prefix"] for prompt in server.sent for node in prompt.values()]
+    assert given == [f"video/a_{job(1).id}", job(1).id, f"video/a_{job(2).id}", job(2).id]
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 

@@ -132,6 +132,8 @@ def do(
     """
     for (number, key), file in job.files.items():
         prompt[number]["inputs"][key] = comfy.upload(file)
+    for node in prompt.values():
+        _keep_apart(node["inputs"], job)
 
     def on_event(kind: str, data: Any) -> None:
         if kind == "progress" and data.get("node") in prompt:
@@ -158,6 +160,17 @@ def do(
             results.contact_sheet(folder / job.id / name)
             outputs.append(f"{job.id}/{name}")
     return {"scores": scores, "outputs": outputs}
+
+
+def _keep_apart(inputs: dict[str, Any], job: jobs.Job) -> None:
+    """Have a node write to files that no other job writes to.
+
+    Servers that share an output folder would take the same number: ComfyUI counts on from the files that are there, and
+    a video's is there only when it has been encoded.
+    """
+    if "filename_prefix" in inputs:
+        prefix = inputs["filename_prefix"]
+        inputs["filename_prefix"] = f"{prefix}_{job.id}" if isinstance(prefix, str) else job.id  # else a link
 
 
 def _files(told: Mapping[str, Any]) -> list[Mapping[str, str]]:
