@@ -364,6 +364,22 @@ def test_no_two_jobs_write_to_one_file_of_a_shared_output_folder(tmp_path):
     assert given == [f"video/a_{job(1).id}", job(1).id, f"video/a_{job(2).id}", job(2).id]
 
 
+@pytest.mark.parametrize("order", ["1234", "4321"])
+def test_files_and_figures_are_named_in_the_prompts_order(tmp_path, order):
+    told = {
+        "1": {"images": [{"filename": "source.png", "type": "output"}]},
+        "2": {"images": [{"filename": "edit.png", "type": "output"}]},
+        "3": {"scores": [{"motion": 1}]},
+        "4": {"scores": [{"motion": 2}]},
+    }
+    prompt = {"1": node("SaveImage", "Edit"), "2": node("SaveImage", "edit")}  # one file on some disks
+    prompt |= {number: node("TAVScoreVideo", "Score Video") for number in "34"}
+    found = do(Answers({number: told[number] for number in order}), prompt, 1, tmp_path)
+    assert found["outputs"] == [f"{job(1).id}/Edit.png", f"{job(1).id}/edit_2.png"]
+    assert (tmp_path / found["outputs"][0]).read_text(encoding="utf-8") == "source.png"
+    assert found["scores"] == {"Score Video: motion": 1, "Score Video_2: motion": 2}
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 

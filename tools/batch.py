@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +143,18 @@ def do(
     history = comfy.run(prompt, on_event)
     if reason := failure(history):
         raise RuntimeError(reason)
+    scorers = sum(node["class_type"] == "TAVScoreVideo" for node in prompt.values())
     scores, outputs = {}, []
-    ends = {number: told for number, told in history["outputs"].items() if number in prompt}
-    scorers = [number for number in ends if prompt[number]["class_type"] == "TAVScoreVideo"]
-    for number, told in ends.items():
-        title = prompt[number].get("_meta", {}).get("title", number)
-        if number in scorers:
-            before = f"{title}: " if len(scorers) > 1 else ""
+    taken, titled = set(), set()
+    for number, node in prompt.items():  # in its order: that in which nodes end changes from job to job
+        told = history["outputs"].get(number, {})
+        title = node.get("_meta", {}).get("title", number)
+        if node["class_type"] == "TAVScoreVideo" and told:
+            before = f"{_free(titled, title)}: " if scorers > 1 else ""
             scores |= {f"{before}{name}": value for name, value in told["scores"][0].items()}
         for output in _files(told):
             # Not by the server's name, which counts on from whatever is in its folder.
-            stem, suffix = re.sub(r"[^\w-]+", "_", title), Path(output["filename"]).suffix
-            names = (f"{stem}{count}{suffix}" for count in ("", *(f"_{i}" for i in range(2, len(outputs) + 3))))
-            name = next(name for name in names if f"{job.id}/{name}" not in outputs)
+            name = _free(taken, re.sub(r"[^\w-]+", "_", title), Path(output["filename"]).suffix)
             (folder / job.id).mkdir(parents=True, exist_ok=True)
             results.write_whole(folder / job.id / name, comfy.download(output))
             results.contact_sheet(folder / job.id / name)
@@ -171,6 +171,14 @@ def _keep_apart(inputs: dict[str, Any], job: jobs.Job) -> None:
     if "filename_prefix" in inputs:
         prefix = inputs["filename_prefix"]
         inputs["filename_prefix"] = f"{prefix}_{job.id}" if isinstance(prefix, str) else job.id  # else a link
+
+
+def _free(taken: set[str], name: str, suffix: str = "") -> str:
+    """A name, numbered where it is taken; some disks do not tell capitals apart."""
+    numbered = (f"{name}{end}{suffix}" for end in chain([""], (f"_{i}" for i in count(2))))
+    found = next(each for each in numbered if each.casefold() not in taken)
+    taken.add(found.casefold())
+    return found
 
 
 def _files(told: Mapping[str, Any]) -> list[Mapping[str, str]]:
