@@ -137,10 +137,49 @@ rows:
         "'Sample' has no input 'sed'",
         "no node of the workflow is called 'Nobody'",
         "'noise' is no input: write the node's title, a dot and the input's name.",
-        "Sample: seed is 'many', which is no number.",
+        "Sample: seed is 'many', which is no whole number.",
     ):
         assert words in text, (words, text)
     assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("4.seed: 5.7", "Sample: seed is 5.7, which is no whole number."),
+        ("4.seed: '5.0'", "Sample: seed is '5.0', which is no whole number."),
+        ("4.seed: yes", "Sample: seed is True, which is no whole number."),
+        ("4.seed: .inf", "Sample: seed is inf, which is no whole number."),
+        ("4.cfg: many", "Sample: cfg is 'many', which is no number."),
+        ("4.cfg: .nan", "Sample: cfg is nan, which is no number."),
+        ("4.exact: 'no'", "Sample: exact is 'no', but must be true or false."),
+        ("4.exact: 1", "Sample: exact is 1, but must be true or false."),
+        ("3.text: yes", "Prompt: text is True, which is no text: write it in quotes."),
+        ("3.text: 2024-01-02", "Prompt: text is 2024-01-02, which is no text: write it in quotes."),
+        ("4.model: 2024-01-02", "Sample: model is 2024-01-02, which cannot be sent: write it in quotes."),
+    ],
+)
+def test_a_value_that_comfyui_would_take_for_another_is_refused(file, value, words):
+    optional_inputs(file)
+    assert wrong(file, f"workflow: workflow.json\nrows: [{{{value}}}]") == [f"{words} (1 of 1 jobs)"]
+
+
+def test_values_are_taken_as_they_are_meant(file):
+    optional_inputs(file)
+    (file.parent / "jobs.csv").write_text("4.exact,4.seed,4.cfg\nFALSE,5,2\ntrue,6,.5\n", encoding="utf-8")
+    plan = jobs.read(file.parent / "jobs.csv", file.parent / "workflow.json")
+    assert [plan.prompt(job.values, INFO)[0]["4"]["inputs"]["exact"] for job in plan.jobs(INFO)] == [False, True]
+    plan = jobs.read(write(file, "workflow: workflow.json\nrows: [{4.exact: false, 4.seed: 5.0, 4.cfg: 2, 3.text: 1}]"))
+    assert len(plan.jobs(INFO)) == 1
+
+
+def optional_inputs(file):
+    """Have the workflow say its optional inputs, and no titles."""
+    workflow = {
+        number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in WORKFLOW.items()
+    }
+    workflow["4"]["inputs"] = {**workflow["4"]["inputs"], "cfg": 7.5, "exact": True}
+    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ class Plan:
                     wrong.append(str(error))
                     continue
                 about = _input(info, graph.prompt[number]["class_type"], key)
+                graph.prompt[number]["inputs"][key] = _meant(about, value)
                 if (
                     isinstance(value, str)
                     and about is not None
@@ -252,7 +255,7 @@ def faults(prompt: Prompt, files: Mapping[tuple[str, str], Path], info: Info) ->
             if _is_link(value):
                 if str(value[0]) not in prompt:
                     yield f"{title}: {name} leads to node {value[0]}, which is not there."
-            elif about is not None and (number, name) not in files and (fault := _fault(about, value)):
+            elif (number, name) not in files and (fault := _fault(about or [None], value)):
                 yield f"{title}: {name} {fault}"
 
 
@@ -269,15 +272,39 @@ def _fault(about: list[Any], value: Any) -> str | None:
         )
         return f"is {value!r}, but ComfyUI has {shown or 'none'}."
     if kind in ("INT", "FLOAT"):
-        given: Any = value
-        try:
-            number = int(given) if kind == "INT" else float(given)
-        except (TypeError, ValueError):
-            return f"is {value!r}, which is no number."
+        number = _number(kind, value)
+        if number is None:
+            return f"is {value!r}, which is no {'whole ' * (kind == 'INT')}number."
         low, high = options.get("min"), options.get("max")
         if (low is not None and number < low) or (high is not None and number > high):
             return f"is {value}, but must be from {low} to {high}."
+    if kind == "BOOLEAN" and not isinstance(value, bool):
+        return f"is {value!r}, but must be true or false."
+    if kind == "STRING" and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        return f"is {value}, which is no text: write it in quotes."
+    try:
+        json.dumps(value)
+    except TypeError:  # YAML's dates, for one
+        return f"is {value}, which cannot be sent: write it in quotes."
     return None
+
+
+def _number(kind: str, value: Any) -> int | float | None:
+    """What ComfyUI makes of a value for an INT or a FLOAT; None where that is no number, or another."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    with suppress(ValueError, OverflowError):
+        number = int(value) if kind == "INT" else float(value)
+        same = kind == "FLOAT" or isinstance(value, str) or number == value
+        return number if same and isfinite(number) else None
+    return None
+
+
+def _meant(about: list[Any] | None, value: Any) -> Any:
+    """A value as it is meant: a table's cell is text, and ComfyUI takes any text for true."""
+    if about and about[0] == "BOOLEAN" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)  # spreadsheets write them in capitals
+    return value
 
 
 def _input(info: Info, kind: str, name: str) -> list[Any] | None:

@@ -30,7 +30,8 @@ INFO = {
                 "text": ["TEXT"],
                 "seed": ["INT", {"min": 0, "max": 99, "control_after_generate": True}],
                 "kind": ["COMBO", {"options": ["plain", "other"]}],
-            }
+            },
+            "optional": {"cfg": ["FLOAT", {}], "exact": ["BOOLEAN", {}]},
         },
         "display_name": "Sample",
     },
