@@ -199,16 +199,21 @@ def test_what_is_no_jobs_file_is_said(file, text, words):
     assert any(words in line for line in wrong(file, text))
 
 
-def test_a_workflow_as_the_page_saves_it(file):
-    def saved(number, kind, values, *slots, **more):
-        return {"id": number, "type": kind, "mode": 0, "widgets_values": values, "inputs": list(slots), **more}
+def saved(number, kind, values, *slots, **more):
+    return {"id": number, "type": kind, "mode": 0, "widgets_values": values, "inputs": list(slots), **more}
 
-    def widget(name):
-        return {"name": name, "widget": {"name": name}, "link": None}
 
-    def link(name, number):
-        return {"name": name, "link": number}
+def widget(name):
+    return {"name": name, "widget": {"name": name}, "link": None}
 
+
+def link(name, number):
+    return {"name": name, "link": number}
+
+
+@pytest.fixture
+def page():
+    """A workflow as the page saves it."""
     nodes = [
         saved(1, "Load", {"file": "there.txt"}, widget("file"), title="the clip"),
         saved(2, "TAVOneShotTune", [5], link("clip", 1), widget("steps")),
@@ -218,15 +223,56 @@ def test_a_workflow_as_the_page_saves_it(file):
         ),
         saved(5, "Note", ["a note"]),
     ]
-    workflow = {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 4, 0, "*"], [3, 3, 0, 4, 1, "*"]]}
-    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+    return {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 4, 0, "*"], [3, 3, 0, 4, 1, "*"]]}
+
+
+def test_a_workflow_as_the_page_saves_it(file, page):
+    (file.parent / "workflow.json").write_text(json.dumps(page), encoding="utf-8")
     plan = jobs.read(write(file, "workflow: workflow.json\nrows: [{the clip.file: a.txt}]"))
     prompt, _files = plan.prompt({}, INFO)
     assert prompt["4"]["inputs"] == {"model": ["2", 0], "text": ["3", 0], "seed": 7, "kind": "other"}
     assert prompt["1"]["inputs"] == {"file": "there.txt"} and len(plan.jobs(INFO)) == 1
-    nodes[1] |= {"mode": 4, "outputs": [{"links": [2]}]}
+    page["nodes"][1]["mode"] = 4
     with pytest.raises(ValueError, match="'TAVOneShotTune' is bypassed, a subgraph, a reroute .* Export"):
-        api.to_api(workflow, INFO)
+        api.to_api(page, INFO)
+
+
+def test_a_bypassed_node_that_nothing_follows_is_left_out_as_in_the_page(page):
+    before = api.to_api(page, INFO)
+    page["nodes"] += [saved(6, "TAVOneShotTune", [5], link("clip", 4), widget("steps"), mode=4)]
+    page["nodes"] += [saved(7, "Sample", [7, "fixed", "other"], link("model", 5), mode=4)]
+    page["links"] += [[4, 1, 0, 6, 0, "*"], [5, 6, 0, 7, 0, "*"]]
+    assert api.to_api(page, INFO) == before
+
+
+@pytest.mark.parametrize("links", [None, [4]])
+def test_a_node_that_the_server_lacks_is_no_note(page, links):
+    page["nodes"] += [saved(6, "VHS_VideoCombine", {}, link("images", 1), outputs=[{"links": links}])]
+    with pytest.raises(ValueError, match="'VHS_VideoCombine' is .* or no node of this ComfyUI"):
+        api.to_api(page, INFO)
+    page["nodes"][-1]["mode"] = 2
+    assert "6" not in api.to_api(page, INFO)
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "follows"),
+    [
+        ("seed", ["INT"], True),
+        ("noise_seed", ["INT", {"control_after_generate": None}], True),
+        ("seed", ["INT", {"control_after_generate": False}], False),
+        ("first", ["INT", {"control_after_generate": True}], True),
+        ("first", ["INT", {}], False),
+        ("seed", ["FLOAT", {}], False),
+        ("seed", ["COMBO", {"control_after_generate": True}], True),
+    ],
+)
+def test_the_page_adds_a_widget_to_what_is_called_a_seed(name, about, follows):
+    info = {"Crop": {"input": {"required": {name: about, "way": ["STRING"]}, "hidden": {"all": "PROMPT"}}}}
+    info["Crop"]["display_name"] = "Crop"
+    values = [7, "fixed", "mine"] if follows else [7, "fixed"]
+    crop = saved(1, "Crop", values, widget(name), widget("way"))
+    inputs = api.to_api({"nodes": [crop], "links": []}, info)["1"]["inputs"]
+    assert inputs == {name: 7, "way": "mine" if follows else "fixed"}
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -16,7 +16,8 @@ import aiohttp
 
 Prompt = dict[str, dict[str, Any]]
 MUTED, BYPASSED = 2, 4  # a node's mode in the page's workflows
-SEEDS = {"fixed", "increment", "decrement", "randomize"}  # what the page does with a seed after a run
+NOTES = ("Note", "MarkdownNote")
+SEEDS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -208,24 +209,25 @@ def failure(history: Mapping[str, Any]) -> str | None:
 def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
     """A workflow as the page saves it → the API's form, as the page sends it.
 
-    Raises ValueError when it has what only the page resolves: bypassed nodes, subgraphs, reroutes.
+    Raises ValueError when it has what only the page resolves (bypassed nodes, subgraphs, reroutes), or a node that this
+    ComfyUI has not.
     """
-    muted = {node["id"] for node in workflow["nodes"] if node["mode"] == MUTED}
+    out = {node["id"]: node["mode"] for node in workflow["nodes"] if node["mode"] in (MUTED, BYPASSED)}
+    used = {link[1] for link in workflow["links"] if link[3] not in out}
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in out}
+    prompt = {}
     for node in workflow["nodes"]:
-        linked = any(slot.get("links") for slot in node.get("outputs") or ())
-        if node["id"] not in muted and linked and (node["type"] not in object_info or node["mode"] == BYPASSED):
+        bypassed = out.get(node["id"]) == BYPASSED and node["id"] in used
+        strange = node["type"] not in (*object_info, *NOTES) and node["id"] not in out
+        if bypassed or strange:
             raise ValueError(
                 f"{node.get('title', node['type'])!r} is bypassed, a subgraph, a reroute or no node of this ComfyUI: "
                 "export the workflow from ComfyUI's page by Export (API), and use that."
             )
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in muted}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] not in object_info or node["id"] in muted:  # the first are notes
+        if node["id"] in out or node["type"] in NOTES:
             continue
         parts = object_info[node["type"]]["input"].values()
-        options = {name: entry[1] for part in parts for name, entry in part.items() if isinstance(entry[-1], Mapping)}
-        inputs = _widgets(node, {name for name, about in options.items() if about.get("control_after_generate")})
+        inputs = _widgets(node, {name for part in parts for name, about in part.items() if _is_seed(name, about)})
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] in links}
         known = {name for part in parts for name in part}
         prompt[str(node["id"])] = {
@@ -234,6 +236,14 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Promp
             "_meta": {"title": node.get("title", object_info[node["type"]]["display_name"])},
         }
     return prompt
+
+
+def _is_seed(name: str, about: Sequence[Any]) -> bool:
+    """Whether the page adds a widget to an input's own, which says what becomes of the value after a run."""
+    options = about[-1] if isinstance(about[-1], Mapping) else {}
+    if (told := options.get("control_after_generate")) is None:
+        return about[0] == "INT" and name in ("seed", "noise_seed")
+    return bool(told)
 
 
 def _widgets(node: Mapping[str, Any], seeds: set[str]) -> dict[str, Any]:
