@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -594,6 +595,29 @@ def test_a_full_disk_costs_an_attempt(file, undisturbed, monkeypatch, tmp_path, 
 
 def raise_(error):
     raise error
+
+
+@pytest.mark.parametrize(("most", "code", "words"), [(5, 0, "The jobs go on"), (math.inf, 1, "--report does that")])
+def test_a_table_that_is_open_elsewhere_ends_no_worker(
+    file, undisturbed, monkeypatch, tmp_path, capsys, most, code, words
+):
+    monkeypatch.setattr(batch, "REPORT", 0.0)
+    out, replace, refused = tmp_path / "jobs-results", os.replace, []
+
+    def locked(source, target):
+        if Path(target).name == "results.csv" and len(refused) < most:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, "it is open elsewhere", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", locked)
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address) == code
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(words) == 1 and "results.csv" in said.out + said.err
+    assert len(refused) >= 5 and not list(out.glob("*.part"))
+    assert "12 done" in (out / "index.html").read_text(encoding="utf-8")
+    assert code or table(out) == table(undisturbed)
 
 
 def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file, undisturbed, monkeypatch, tmp_path):

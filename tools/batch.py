@@ -200,6 +200,7 @@ class Batch:
         self.active: dict[str, Comfy] = {}  # worker → its server, while it computes
         self.bars: Bars | None = None
         self.reported = 0.0
+        self.unwritten = False  # whether the last report could not be written
 
     def work(self, worker: str, server: Running | Own) -> None:
         """Take jobs until none is left for this worker, its server is lost, or results cannot be written."""
@@ -262,9 +263,18 @@ class Batch:
         if time.monotonic() - self.reported > REPORT:
             self.report()
 
-    def report(self) -> None:
+    def report(self, last: bool = False) -> None:
+        """Write the results. Where that is impossible, such as in a table that a spreadsheet has open, say so once."""
         self.reported = time.monotonic()
-        results.write(self.folder, self.ledger.rows())
+        try:
+            results.write(self.folder, self.ledger.rows())
+            self.unwritten = False
+        except OSError as error:
+            if last:
+                tqdm.write(f"{error}. The results are not written anew: --report does that, once this is mended.")
+            elif not self.unwritten:
+                tqdm.write(f"{error}. The jobs go on, and the results are written as soon as they can be.")
+            self.unwritten = True
 
     def run(self, servers: list[Running | Own]) -> None:
         """Work with all servers at once. At Ctrl-C jobs are put back, and the servers stop computing them."""
@@ -290,7 +300,7 @@ class Batch:
                     self.ledger.release(worker)
                 for server in servers:
                     server.close()
-                self.report()
+                self.report(last=True)
 
     @contextmanager
     def _beating(self, workers: list[str]):
@@ -364,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             ledger = Ledger(file, args.tries, args.shard)
             ledger.plan(planned)
-            Batch(plan, info, planned, ledger, folder).run(servers)
+            work = Batch(plan, info, planned, ledger, folder)
+            work.run(servers)
         finally:
             for server in servers:
                 server.close()
@@ -374,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"run.py: error: {error}")
     counts = ledger.counts()
     print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f"; results: {folder}")
-    sys.exit(1 if counts.keys() & {"failed", "waiting", "running"} else 0)
+    sys.exit(1 if work.unwritten or counts.keys() & {"failed", "waiting", "running"} else 0)
 
 
 def by_ray(args: argparse.Namespace, folder: Path) -> int:

@@ -27,8 +27,12 @@ Row = Mapping[str, Any]
 def write_whole(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all, whatever happens while it is written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def contact_sheet(video: Path) -> Path | None:
@@ -56,12 +60,14 @@ def contact_sheet(video: Path) -> Path | None:
 
 
 def write(folder: Path, rows: Iterable[Row]) -> None:
-    """results.csv and index.html in a batch's folder, of a ledger's rows."""
+    """results.csv and index.html in a batch's folder, of a ledger's rows. Raises OSError when one cannot be written."""
     rows = [row for row in rows if row["state"] != "dropped"]
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     figures = list(dict.fromkeys(name for row in rows for name, value in row["scores"].items() if value is not None))
-    write_whole(folder / "results.csv", _csv(rows, names, figures).encode("utf-8-sig"))  # as spreadsheets want it
-    write_whole(folder / "index.html", _page(folder, rows, names, figures).encode())
+    try:
+        write_whole(folder / "results.csv", _csv(rows, names, figures).encode("utf-8-sig"))  # as spreadsheets want it
+    finally:  # a table that is open in a spreadsheet is no reason to have no page
+        write_whole(folder / "index.html", _page(folder, rows, names, figures).encode())
 
 
 def _csv(rows: list[Row], names: list[str], figures: list[str]) -> str:
