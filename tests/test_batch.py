@@ -564,6 +564,23 @@ def test_what_fails_is_said_and_the_rest_is_done(file, monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.parametrize("more", ["--dry-run", "--tries=1"])
+def test_words_that_the_terminal_cannot_write_end_nothing(file, tmp_path, more):
+    write(file, JOBS.replace("a dog, a cat, a bird", "bad 雪, 雪の中"))
+    with fake() as address:
+        command = [sys.executable, "-P", str(PROJECT / "tools" / "pack.py"), "tools.batch", str(file), more]
+        told = subprocess.run(
+            [*command, "--server", address],
+            env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+            capture_output=True,
+            encoding="cp1252",
+        )
+    assert told.returncode == (more != "--dry-run"), told.stderr
+    assert r"bad \u96ea" in told.stdout + told.stderr
+    if more != "--dry-run":
+        assert Ledger(tmp_path / "jobs-results" / "jobs.sqlite").counts() == {"done": 4, "failed": 4}
+
+
 @pytest.mark.parametrize("of", ["results", "the ledger"])
 def test_a_full_disk_costs_an_attempt(file, undisturbed, monkeypatch, tmp_path, capsys, of):
     """The worker ends and says so; the same command goes on where there is room again."""
