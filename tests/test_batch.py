@@ -12,11 +12,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 from fake_comfy import INFO
 from live_server import run
@@ -638,7 +640,7 @@ def test_a_table_that_is_open_elsewhere_ends_no_worker(
 
 
 def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file, undisturbed, monkeypatch, tmp_path):
-    monkeypatch.setattr(batch, "PATIENCE", 0.0)
+    monkeypatch.setattr(batch, "PATIENCE", 0.5)
     monkeypatch.setattr(batch, "WAIT", 0.05)
     with fake(0.05) as one, fake(0.05) as two, fake(0.05) as three:
         port = int(three.rpartition(":")[2])
@@ -650,6 +652,36 @@ def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file
     assert table(tmp_path / "out") == table(undisturbed)
     workers = {row["worker"].rpartition(":")[2] for row in Ledger(tmp_path / "out" / "jobs.sqlite").rows()}
     assert workers >= {"0", "1"}
+
+
+def test_a_server_that_freezes_leaves_its_job_to_the_others(file, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setattr(batch, "PATIENCE", 0.5)
+    monkeypatch.setattr(batch, "WAIT", 0.05)
+    monkeypatch.setattr(api, "QUIET", 0.2)
+    get = api.Comfy.get
+    monkeypatch.setattr(api.Comfy, "get", lambda self, path, timeout=0.5: get(self, path, timeout))
+    with fake(0.05) as one, fake(3) as two:
+        freezer = threading.Thread(target=freeze_at_work, args=(two,))
+        freezer.start()
+        assert run_batch(monkeypatch, file, "--server", one, two, "--out", tmp_path / "out") == 0
+        freezer.join()
+    assert table(tmp_path / "out") == table(undisturbed)
+
+
+def freeze_at_work(address):
+    """Stop a server, as one that loses its network stops, as soon as it computes."""
+    port = address.rpartition(":")[2]
+    (process,) = (child for child in psutil.Process().children() if port in child.cmdline())
+    while not api.Comfy(address).get("/queue")["queue_running"]:
+        time.sleep(0.02)
+    process.suspend()
+
+
+def test_a_server_that_computes_without_a_word_is_waited_for(monkeypatch):
+    monkeypatch.setattr(api, "QUIET", 0.1)
+    with fake(1) as address:
+        history = api.Comfy(address, patience=0.1).run(WORKFLOW)
+    assert "execution_success" in dict(history["status"]["messages"])
 
 
 # Ends the server on a port as soon as a job is running.
@@ -760,8 +792,6 @@ def test_ray_starts_a_worker_that_does_all_jobs(file, undisturbed, own_host, mon
 
 
 def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
-    import psutil
-
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

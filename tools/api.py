@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ Prompt = dict[str, dict[str, Any]]
 MUTED, BYPASSED = 2, 4  # a node's mode in the page's workflows
 NOTES = ("Note", "MarkdownNote")
 SEEDS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
+QUIET = 15.0  # seconds without a word after which a server is asked whether it is there
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -26,15 +28,19 @@ class Refused(Exception):
 
 
 class Comfy:
-    """A running ComfyUI at `address`, such as http://127.0.0.1:8188."""
+    """A running ComfyUI at `address`, such as http://127.0.0.1:8188.
 
-    def __init__(self, address: str):
-        self.address = address
+    Args:
+        patience: seconds without any answer after which it counts as lost while it computes.
+    """
+
+    def __init__(self, address: str, patience: float = 300):
+        self.address, self.patience = address, patience
         self.client = uuid.uuid4().hex
         self.running: str | None = None  # the id of the prompt that `run` waits for
 
-    def get(self, path: str) -> Any:
-        with urlopen(self.address + path, timeout=30) as answer:
+    def get(self, path: str, timeout: float = 30) -> Any:
+        with urlopen(self.address + path, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, data: Any) -> Any:
@@ -60,14 +66,17 @@ class Comfy:
             return answer.read()
 
     def run(
-        self, prompt: Prompt, on_event: Callable[[str, Any], None] = lambda _kind, _data: None, timeout: float = 86400
+        self,
+        prompt: Prompt,
+        on_event: Callable[[str, Any], None] = lambda _kind, _data: None,
+        timeout: float | None = None,
     ) -> dict[str, Any]:
-        """Queue a prompt and wait for its end; returns its history entry.
+        """Queue a prompt and wait for its end, however long it computes; returns its history entry.
 
         Args:
             on_event: told all that the page would be: JSON messages by their type, binary ones as "binary".
 
-        Raises Refused when the prompt is not valid.
+        Raises Refused when the prompt is not valid, and OSError when the server is lost.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
 
@@ -85,23 +94,40 @@ class Comfy:
             if queued["node_errors"]:  # ComfyUI runs what is valid of it; a part is not what was asked for
                 self.interrupt()
                 raise Refused(refusal(queued))
-            ended = False
-            async for message in socket:
+            ended, heard = False, time.monotonic()
+            while not ended:
+                try:
+                    message = await socket.receive(QUIET)
+                except asyncio.TimeoutError:  # it computes without a word, or is lost: a frozen one closes nothing
+                    try:
+                        if not self._has(identity):
+                            break
+                    except OSError:
+                        if time.monotonic() - heard > self.patience:
+                            raise ConnectionError(f"{self.address} does not answer any more") from None
+                    else:
+                        heard = time.monotonic()
+                    continue
+                heard = time.monotonic()
                 if message.type is aiohttp.WSMsgType.BINARY:
                     on_event("binary", message.data)
                 elif message.type is aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
                     on_event(event["type"], event["data"])
-                    if event["type"] in ENDS and event["data"].get("prompt_id") == identity:
-                        ended = True
-                        break
+                    ended = event["type"] in ENDS and event["data"].get("prompt_id") == identity
+                else:
+                    break  # it was closed
         while identity not in (history := self.get(f"/history/{identity}")):
             # Without the event of its end: it came just now, or the server was started anew and knows nothing of it.
-            lost = not ended and identity not in json.dumps(self.get("/queue"))
+            lost = not ended and not self._has(identity)
             if lost and identity not in self.get(f"/history/{identity}"):
                 raise ConnectionError(f"{self.address} was started anew while it ran")
             await asyncio.sleep(0.1)
         return history[identity]
+
+    def _has(self, identity: str) -> bool:
+        """Whether a prompt is in the queue, or being computed."""
+        return identity in json.dumps(self.get("/queue", QUIET))
 
     def interrupt(self) -> None:
         """Take what `run` waits for out of the queue, or stop it."""

@@ -51,7 +51,7 @@ class Running:
     """A ComfyUI that somebody else has started."""
 
     def __init__(self, address: str):
-        self.comfy = Comfy(address.rstrip("/"))
+        self.comfy = Comfy(address.rstrip("/"), PATIENCE)
 
     def ready(self) -> Comfy:
         """It, as soon as it answers. Raises Lost when it does not."""
@@ -90,7 +90,7 @@ class Own:
                 self.process = self.stack.enter_context(starting)
             except run.Problem as error:
                 raise Lost(f"{error} ({self.folder / 'comfyui.log'})") from None
-            self.comfy = Comfy(f"http://127.0.0.1:{port}")
+            self.comfy = Comfy(f"http://127.0.0.1:{port}", PATIENCE)
         return self.comfy
 
     def close(self) -> None:
