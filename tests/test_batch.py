@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import math
@@ -468,6 +469,30 @@ def test_files_and_figures_are_named_in_the_prompts_order(tmp_path, order):
     assert found["scores"] == {"Score Video: motion": 1, "Score Video_2: motion": 2}
 
 
+def test_an_upload_is_named_by_what_it_holds_and_an_error_says_the_clips_own_name(tmp_path):
+    clip = tmp_path / f"{'雪' * 30}.mp4"
+    clip.write_bytes(b"a clip")
+
+    class Failing(Answers):
+        def upload(self, file):
+            return "0123.mp4"
+
+        def run(self, prompt, _on_event):
+            error = {"node_type": "Load", "exception_message": f"{prompt['1']['inputs']['file']} is empty"}
+            return {"outputs": {}, "status": {"messages": [["execution_error", error]]}}
+
+    one = jobs.Job("1", {}, TUNE, {("1", "file"): clip})
+    with pytest.raises(RuntimeError, match=f"Load: {clip.name} is empty"):
+        batch.do(Failing({}), {"1": node("Load", file=clip.name)}, one, tmp_path, lambda *_: None)
+    with fake() as address:
+        assert api.Comfy(address).upload(clip) == f"{hashlib.sha256(b'a clip').hexdigest()[:16]}.mp4"
+        clip.write_bytes(b"-" * 2**21)
+        with pytest.raises(api.Refused, match=r"雪.mp4 has 2 MiB, more than http.* takes: .*--max-upload-size\.$"):
+            api.Comfy(address).upload(clip)
+        with pytest.raises(api.Refused, match=r"does not take 雪+\.mp4: 404 Not Found$"):
+            api.Comfy(f"{address}/elsewhere").upload(clip)
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -746,7 +771,8 @@ def own_host(tmp_path, monkeypatch):
     (host / "nodes.py").write_text("", encoding="utf-8")
     fake = PROJECT / "tests" / "support" / "fake_comfy.py"
     (host / "main.py").write_text(
-        "import runpy, sys\n"
+        "import pathlib, runpy, sys\n"
+        "pathlib.Path(__file__).with_name('told.txt').write_text(' '.join(sys.argv), encoding='utf-8')\n"
         "port = sys.argv[sys.argv.index('--port') + 1]\n"
         f"sys.argv = ['', port, '0.1']; runpy.run_path({str(fake)!r}, run_name='__main__')\n",
         encoding="utf-8",
@@ -765,6 +791,7 @@ def test_a_server_of_our_own_that_dies_is_started_again(file, undisturbed, own_h
     assert killer.wait() == 0 and table(out) == table(undisturbed)
     assert max(row["attempt"] for row in Ledger(out / "jobs.sqlite").rows()) == 2
     assert not list(out.glob("server-*.json"))
+    assert " --max-upload-size 1000000" in (own_host / "told.txt").read_text(encoding="utf-8")
 
 
 # Kills the batch's server as soon as two jobs are done.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -20,11 +22,28 @@ MUTED, BYPASSED = 2, 4  # a node's mode in the page's workflows
 NOTES = ("Note", "MarkdownNote")
 SEEDS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
 QUIET = 15.0  # seconds without a word after which a server is asked whether it is there
+SLOWEST = 2**18  # bytes a second, of an upload
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class Refused(Exception):
-    """ComfyUI does not take the prompt; the text says why, a line a node."""
+    """ComfyUI does not take a prompt or a file; the text says why, of a prompt a line a node."""
+
+
+def content(file: Path) -> str:
+    """The SHA-256 of what a file holds, in hexadecimal digits."""
+    about = file.stat()
+    return _digest_of(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _digest_of(file: Path, _size: int, _modified: int) -> str:
+    """Read once: most jobs of a batch share their clips."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 class Comfy:
@@ -49,15 +68,27 @@ class Comfy:
         return json.loads(body) if body else None
 
     def upload(self, file: Path) -> str:
-        """Put a file into ComfyUI's input folder; its name there, a new one where another file has that name."""
+        """Put a file into ComfyUI's input folder; its name there, which is made of what it holds.
+
+        Its own may be too long there, where letters are written as bytes. Raises Refused when ComfyUI does not take it.
+        """
         return asyncio.run(self._upload(file))
 
     async def _upload(self, file: Path) -> str:
-        with file.open("rb") as content:
+        form = aiohttp.FormData()
+        name, size = f"{content(file)[:16]}{file.suffix}", file.stat().st_size
+        limit = aiohttp.ClientTimeout(total=self.patience + size / SLOWEST)
+        with file.open("rb") as stream:
+            form.add_field("image", stream, filename=name)
             async with (
-                aiohttp.ClientSession() as session,
-                session.post(f"{self.address}/upload/image", data={"image": content}) as answer,
+                aiohttp.ClientSession(timeout=limit) as session,
+                session.post(f"{self.address}/upload/image", data=form) as answer,
             ):
+                if answer.status == 413:
+                    told = f"{file.name} has {size / 2**20:.0f} MiB, more than {self.address} takes"
+                    raise Refused(f"{told}: start ComfyUI with --max-upload-size.")
+                if answer.status != 200:
+                    raise Refused(f"{self.address} does not take {file.name}: {answer.status} {answer.reason}")
                 return (await answer.json())["name"]
 
     def download(self, output: Mapping[str, str]) -> bytes:
@@ -89,7 +120,11 @@ class Comfy:
             try:
                 queued = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
             except HTTPError as error:
-                raise Refused(refusal(json.loads(error.read()))) from None
+                try:
+                    told = json.loads(error.read())
+                except ValueError:  # not ComfyUI's words, but those of something before it
+                    raise error from None
+                raise Refused(refusal(told)) from None
             identity = self.running = queued["prompt_id"]
             if queued["node_errors"]:  # ComfyUI runs what is valid of it; a part is not what was asked for
                 self.interrupt()

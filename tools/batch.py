@@ -37,6 +37,7 @@ BEAT = 15.0  # seconds between signs of life
 REPORT = 30.0  # seconds between writing the results
 WAIT = 5.0  # seconds, where others are still at work
 PATIENCE = 300.0  # seconds that a server may be away
+LARGE = ("--max-upload-size", "1000000")  # MB: the clips are the user's own
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -86,7 +87,7 @@ class Own:
             port = run.open_port(0)
             log = self.stack.enter_context((self.folder / "comfyui.log").open("a", encoding="utf-8"))
             try:
-                starting = run.server(host, Path(sys.executable), port, log=log, started=self._note)
+                starting = run.server(host, Path(sys.executable), port, LARGE, log, self._note)
                 self.process = self.stack.enter_context(starting)
             except run.Problem as error:
                 raise Lost(f"{error} ({self.folder / 'comfyui.log'})") from None
@@ -131,8 +132,10 @@ def do(
 
     Raises Refused when the server does not take it, RuntimeError when a node fails, OSError when the server is lost.
     """
+    names = {}
     for (number, key), file in job.files.items():
-        prompt[number]["inputs"][key] = comfy.upload(file)
+        prompt[number]["inputs"][key] = name = comfy.upload(file)
+        names[name] = file.name
     for node in prompt.values():
         _keep_apart(node["inputs"], job)
 
@@ -142,6 +145,8 @@ def do(
 
     history = comfy.run(prompt, on_event)
     if reason := failure(history):
+        for name, own in names.items():
+            reason = reason.replace(name, own)
         raise RuntimeError(reason)
     scorers = sum(node["class_type"] == "TAVScoreVideo" for node in prompt.values())
     scores, outputs = {}, []

@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from math import isfinite
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from .api import Graph, Prompt, to_api
+from .api import Graph, Prompt, content, to_api
 
 KEYS = {"workflow", "names", "set", "rows", "cross"}
 TUNE = "TAVOneShotTune"
@@ -197,26 +196,11 @@ def _digest(prompt: Prompt, files: Mapping[tuple[str, str], Path], nodes: Iterab
     told = {}
     for number in prompt if nodes is None else nodes:
         inputs = {
-            key: f"sha256:{_content(files[number, key])}" if (number, key) in files else value
+            key: f"sha256:{content(files[number, key])}" if (number, key) in files else value
             for key, value in prompt[number]["inputs"].items()
         }
         told[number] = [prompt[number]["class_type"], inputs]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _content(file: Path) -> str:
-    about = file.stat()
-    return _digest_of(file, about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _digest_of(file: Path, _size: int, _modified: int) -> str:
-    """Read once: most jobs share their clips."""
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _tune(prompt: Prompt, files: Mapping[tuple[str, str], Path]) -> str:
