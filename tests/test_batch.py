@@ -341,6 +341,22 @@ def test_what_is_done_stays_and_the_rest_is_planned_anew(ledger):
     ]
 
 
+def test_jobs_that_the_file_no_longer_has_are_left_out_and_known_again(ledger):
+    ledger.plan([job(0), job(1)])
+    me = worker_name()
+    for number in (0, 1):
+        ledger.claim(me, 0)
+        if not number:
+            ledger.done(job(0).id, me, 1.0, {}, [])
+    ledger.plan([job(2)])
+    assert states(ledger) == {0: "dropped", 1: "dropped", 2: "waiting"}
+    assert ledger.counts() == {"dropped": 2, "waiting": 1}, "nobody waits for what runs of an earlier file"
+    ledger.failed(job(1).id, me, "no")
+    assert ledger.claim(me, 0) == (job(2).id, 0) and ledger.claim(me, 0) is None
+    ledger.plan([job(0), job(1)])
+    assert states(ledger) == {0: "done", 1: "waiting", 2: "dropped"}
+
+
 def test_a_job_is_tried_so_often_and_one_put_back_was_not_tried(ledger):
     ledger.plan([job(0)])
     me = worker_name()
@@ -554,6 +570,18 @@ def test_a_second_run_does_only_what_is_new(file, undisturbed, monkeypatch, tmp_
         assert run_batch(monkeypatch, file, "--server", address, "--out", out) == 0
     assert len(table(out)) == 18 and {row["state"] for row in table(out)} == {"done"}
     assert len(before) >= 12 and all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_after_a_change_the_table_has_the_new_jobs_alone(file, undisturbed, monkeypatch, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "whole")
+    changed = {**WORKFLOW, "2": {**WORKFLOW["2"], "inputs": {**WORKFLOW["2"]["inputs"], "steps": 6}}}
+    (file.parent / "workflow.json").write_text(json.dumps(changed), encoding="utf-8")
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address, "--out", out) == 0
+    assert len(table(out)) == 12 and not {row["job"] for row in table(out)} & {row["job"] for row in table(undisturbed)}
+    words = "12 done; 12 that the jobs file no longer has are left out"
+    assert words in capsys.readouterr().out and words in (out / "index.html").read_text(encoding="utf-8")
+    assert all((out / row["outputs"]).is_file() for row in table(undisturbed)), "their files are kept"
 
 
 def test_a_dry_run_prints_the_jobs_and_runs_nothing(file, monkeypatch, capsys, tmp_path):

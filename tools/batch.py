@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Lost, OSError) as error:
         sys.exit(f"run.py: error: {error}")
     counts = ledger.counts()
-    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f"; results: {folder}")
+    print(f"{results.summary(counts)}; results: {folder}")
     sys.exit(1 if work.unwritten or counts.keys() & {"failed", "waiting", "running"} else 0)
 
 

@@ -1,7 +1,7 @@
 """What has become of each job of a batch, in an SQLite file that any number of processes may share.
 
-A job is waiting, running, done or failed; or dropped, where the jobs file no longer has it. What is done stays done. No
-write-ahead log, which does not work on network file systems.
+A job is waiting, running, done or failed; or dropped, where the jobs file no longer has it. What is done stays done, and
+known when the jobs file has it again. No write-ahead log, which does not work on network file systems.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil
 from .jobs import Job
 
 LOST = 120.0  # seconds without a sign of life after which another worker takes a job
-# tune: the position of the first job that has the same.
+# position: in the jobs file, -1 for jobs that it no longer has. tune: the position of the first job that has the same.
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
   id TEXT PRIMARY KEY, position INTEGER NOT NULL, tune INTEGER NOT NULL, share INTEGER NOT NULL, "values" TEXT NOT NULL,
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, tune, position, share);
 """
-WAITING = "SELECT id, tune FROM jobs WHERE state = 'waiting' AND share % :n = :i"
+WAITING = "SELECT id, tune FROM jobs WHERE state = 'waiting' AND position >= 0 AND share % :n = :i"
 OF_TUNE = f"{WAITING} AND tune = :tune ORDER BY position LIMIT 1"
 AFTER_TUNE = f"{WAITING} AND tune > :tune ORDER BY tune, position LIMIT 1"
 LAST = f"{WAITING} ORDER BY tune DESC, position DESC LIMIT 1"
@@ -92,13 +92,13 @@ class Ledger:
                 'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values"',
                 rows,
             )
-            planned = "id IN (SELECT id FROM planned)"
-            db.execute(f"UPDATE jobs SET state = 'dropped' WHERE state IN ('waiting', 'failed') AND NOT {planned}")
-            anew = "state = 'waiting', attempt = 0, error = NULL"
-            db.execute(f"UPDATE jobs SET {anew} WHERE state IN ('failed', 'dropped') AND {planned}")
             for row in db.execute("SELECT id, worker FROM jobs WHERE state = 'running'").fetchall():
                 if _is_gone(row["worker"]):
                     db.execute("UPDATE jobs SET state = 'waiting', attempt = 0 WHERE id = ?", (row["id"],))
+            db.execute("UPDATE jobs SET position = -1 WHERE id NOT IN (SELECT id FROM planned)")
+            db.execute("UPDATE jobs SET state = 'dropped' WHERE state IN ('waiting', 'failed') AND position < 0")
+            anew = "state = 'waiting', attempt = 0, error = NULL"
+            db.execute(f"UPDATE jobs SET {anew} WHERE state IN ('failed', 'dropped') AND position >= 0")
 
     def claim(self, worker: str, tune: int = -1) -> tuple[str, int] | None:
         """Take a worker's next job: of the tune that it has, of one that nobody works at, or any.
@@ -170,7 +170,8 @@ class Ledger:
         """How many jobs of the share are in each state."""
         i, n = self.share
         with self._open() as db:
-            query = "SELECT state, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY state"
+            state = "CASE WHEN position < 0 THEN 'dropped' ELSE state END"
+            query = f"SELECT {state}, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY 1"
             return dict(map(tuple, db.execute(query, (n, i))))
 
     def at_work(self) -> dict[str, int]:
@@ -185,6 +186,7 @@ class Ledger:
         with self._open() as db:
             rows = [dict(row) for row in db.execute("SELECT * FROM jobs ORDER BY position, id")]
         for row in rows:
+            row["state"] = "dropped" if row["position"] < 0 else row["state"]
             row["values"] = json.loads(row["values"])
             row["scores"], row["outputs"] = json.loads(row["scores"] or "{}"), json.loads(row["outputs"] or "[]")
         return rows
