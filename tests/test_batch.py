@@ -312,6 +312,15 @@ def test_a_worker_stays_with_its_tune_and_avoids_those_of_others(ledger):
     assert ledger.claim(theirs, 1) is None
 
 
+def test_jobs_that_are_added_to_a_tune_are_of_that_tune(ledger):
+    a, b = f"{1:016x}", f"{2:016x}"
+    ledger.plan([job(1, a), job(2, a)])
+    ledger.plan([job(0, b), job(1, a), job(2, a), job(3, a)])
+    assert [row["tune"] for row in ledger.rows()] == [0, 1, 1, 1]
+    ledger.claim(worker_name(1))
+    assert [ledger.claim(worker_name(2), 1) for _ in range(3)] == [(job(number).id, 1) for number in (1, 2, 3)]
+
+
 def test_shards_divide_the_tunes(tmp_path):
     whole = Ledger(tmp_path / "jobs.sqlite")
     whole.plan([job(i, f"{i // 2:08x}00000000") for i in range(12)])

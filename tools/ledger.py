@@ -89,7 +89,8 @@ class Ledger:
             db.executemany("INSERT INTO planned VALUES (?)", [row[:1] for row in rows])
             db.executemany(
                 "INSERT INTO jobs (id, position, tune, share, \"values\", state) VALUES (?, ?, ?, ?, ?, 'waiting') "
-                'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values"',
+                'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values", '
+                "tune = excluded.tune, share = excluded.share",
                 rows,
             )
             for row in db.execute("SELECT id, worker FROM jobs WHERE state = 'running'").fetchall():
