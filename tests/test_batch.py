@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -829,6 +829,58 @@ def test_a_server_of_our_own_that_dies_is_started_again(file, undisturbed, own_h
     assert max(row["attempt"] for row in Ledger(out / "jobs.sqlite").rows()) == 2
     assert not list(out.glob("server-*.json"))
     assert " --max-upload-size 1000000" in (own_host / "told.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and terminals")
+@pytest.mark.parametrize("way", ["its group is told to end", "its terminal goes", "nohup"])
+def test_a_batch_that_is_told_to_end_ends_its_server(file, own_host, tmp_path, way):
+    out = tmp_path / "told"
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-P", "-c", BATCH_IN_A_TERMINAL, str(PROJECT / "tools"), str(tmp_path / "state"), way]
+    process = subprocess.Popen(
+        [*command, str(file), "--out", str(out)], start_new_session=True, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    try:
+        while not finished(out):
+            assert process.poll() is None
+            with suppress(BlockingIOError):
+                os.read(ours, 2**16)
+            time.sleep(0.02)
+        (note,) = out.glob("server-*.json")
+        server = psutil.Process(json.loads(note.read_text(encoding="utf-8"))["server"])
+        if way == "its group is told to end":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            os.close(ours)
+        code = process.wait(60)
+    finally:
+        process.kill()
+    assert not server.is_running() and not note.exists()
+    counts = Ledger(out / "jobs.sqlite").counts()
+    assert (code, counts) == (0, {"done": 12}) if way == "nohup" else code == 130 and "running" not in counts
+
+
+# The command in a terminal of its own, whose host is looked for in a folder of the test's.
+BATCH_IN_A_TERMINAL = """
+import fcntl, runpy, signal, sys, termios
+from pathlib import Path
+_, tools, state, way, *sys.argv[1:] = sys.argv
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.path.insert(0, tools)
+from pack import load_nothing
+load_nothing()
+from tune_a_video import run
+run.STATE, run.device_arguments = Path(state), lambda _python: []
+if way == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.stdout = sys.stderr = open(state + ".log", "w", encoding="utf-8")
+try:
+    runpy.run_module("tune_a_video.tools.batch", run_name="__main__")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
 
 
 # Kills the batch's server as soon as two jobs are done.

@@ -469,4 +469,5 @@ def dry_run(plan: jobs.Plan, planned: list[jobs.Job]) -> None:
 
 
 if __name__ == "__main__":
+    run.end_as_by_ctrl_c()
     main()

@@ -1,7 +1,7 @@
 """What has become of each job of a batch, in an SQLite file that any number of processes may share.
 
-A job is waiting, running, done or failed; or dropped, where the jobs file no longer has it. What is done stays done, and
-known when the jobs file has it again. No write-ahead log, which does not work on network file systems.
+A job is waiting, running, done or failed; or dropped, where the jobs file no longer has it. What is done stays done. No
+write-ahead log, which does not work on network file systems.
 """
 
 from __future__ import annotations
