@@ -122,6 +122,31 @@ def wrong_table(table, file):
     return str(error.value)
 
 
+def test_what_is_no_table_is_said(file):
+    table = file.with_suffix(".csv")
+    table.write_bytes("Sample.kind\nré\n".encode("cp1252"))
+    assert wrong_table(table, file) == "jobs.csv is not in UTF-8: save it so, from a spreadsheet as CSV UTF-8."
+    table.write_text("Sample.seed,Sample.kind,Sample.seed\n1,plain,2\n", encoding="utf-8")
+    assert wrong_table(table, file) == "jobs.csv has two columns 'Sample.seed': leave one out."
+    table.write_text(f"Sample.kind\n{'a' * 2**18}\n", encoding="utf-8")
+    assert wrong_table(table, file).startswith("jobs.csv is no CSV table: field larger")
+
+
+def test_a_cell_of_a_table_may_hold_any_line_break(file):
+    table, told = file.with_suffix(".csv"), "a\u2028man\x0bon\u0085skis"
+    table.write_text(f'Prompt.text\n{told}\n"two\nlines"\n', encoding="utf-8")
+    rows = jobs.read(table, file.parent / "workflow.json").rows
+    assert [row["Prompt.text"] for row in rows] == [told, "two\nlines"]
+
+
+def test_two_names_of_one_input_are_refused(file):
+    told = JOBS.replace("rows: [{clip: a.txt}", "set: {3.text: a fox}\nrows: [{clip: a.txt}")
+    (line,) = wrong(file, told)
+    assert line.startswith(
+        "'3.text' and 'the edit: what to see.text' both set 'text' of 'the edit: what to see': leave"
+    )
+
+
 def test_all_that_is_wrong_is_said_at_once(file):
     lines = wrong(
         file,

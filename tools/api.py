@@ -215,7 +215,7 @@ class Graph:
         node = self.prompt[number]
         return node.get("_meta", {}).get("title", node["class_type"])
 
-    def set(self, name: str, **inputs: Any) -> str:
+    def set(self, name: str, /, **inputs: Any) -> str:
         """Give inputs of a node, named as for `find`, their values or links; its id.
 
         Raises ValueError as `find`, and for an input that it has not.

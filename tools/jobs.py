@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,13 +84,16 @@ class Plan:
         """
         graph = Graph(deepcopy(self._api(info)))
         files, wrong = {}, []
+        given: dict[tuple[str, str], str] = {}
         for name, value in values.items():
             for target in self.names.get(name, [name]):
-                title, dot, key = target.rpartition(".")
+                title, dot, key = str(target).rpartition(".")
                 try:
                     if not dot:
                         raise ValueError(f"{target!r} is no input: write the node's title, a dot and the input's name.")
                     number = graph.set(title, **{key: value})
+                    if (other := given.setdefault((number, key), name)) != name:
+                        raise ValueError(f"{other!r} and {name!r} both set {key!r} of {title!r}: leave one out.")
                 except ValueError as error:
                     wrong.append(str(error))
                     continue
@@ -134,9 +138,12 @@ def read(file: Path, workflow: Path | None = None) -> Plan:
     """Read a jobs file; `workflow` is for a table, which names none. Raises Wrong when it is none."""
     wrong: list[str] = []
     told: Any
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise Wrong([f"{file.name} is not in UTF-8: save it so, from a spreadsheet as CSV UTF-8."]) from None
     if file.suffix.lower() == ".csv":
-        told = {"rows": list(csv.DictReader(text.splitlines(keepends=True)))}
+        told = {"rows": _table(file.name, text)}
     else:
         try:
             told = yaml.safe_load(text)
@@ -169,6 +176,17 @@ def read(file: Path, workflow: Path | None = None) -> Plan:
     ways = [dict(zip(cross, chosen, strict=True)) for chosen in product(*cross.values())]
     everywhere = told.get("set") or {}
     return Plan(file.parent, _workflow(path), names, [everywhere | row | way for row in rows for way in ways])
+
+
+def _table(name: str, text: str) -> list[Any]:
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        raise Wrong([f"{name} is no CSV table: {error}"]) from None
+    if twice := [head for head, count in Counter(table.fieldnames or ()).items() if count > 1]:
+        raise Wrong([f"{name} has two columns {head!r}: leave one out." for head in twice])
+    return rows
 
 
 def _is_row(row: Any) -> bool:
