@@ -408,17 +408,40 @@ def test_what_a_lost_worker_had_is_taken_by_another_and_its_late_result_is_not(l
     ledger.plan([job(0)])
     lost = "another-machine:1:0"
     assert ledger.claim(lost) and ledger.claim(worker_name()) is None
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + LOST - 1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + LOST - 1)
     ledger.beat([lost])
-    monkeypatch.setattr(time, "time", lambda: now + LOST + 1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + LOST + 1)
     assert ledger.claim(worker_name()) is None, "it gave a sign of life"
-    monkeypatch.setattr(time, "time", lambda: now + 2 * LOST)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * LOST)
     assert ledger.claim(worker_name()) == (job(0).id, 0)
     ledger.done(job(0).id, lost, 1.0, {}, ["late"])
     assert states(ledger) == {0: "running"}
-    monkeypatch.setattr(time, "time", lambda: now + 4 * LOST)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 4 * LOST)
     assert ledger.claim(worker_name()) is None and ledger.rows()[0]["error"] == "its worker was lost"
+
+
+@pytest.mark.parametrize("behind", [10 * LOST, -10 * LOST])
+def test_machines_whose_clocks_differ_leave_each_other_their_jobs(ledger, monkeypatch, behind):
+    ledger.plan([job(0)])
+    own, theirs, now = Ledger(ledger.file), "another-machine:1:0", time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now - behind)
+        assert ledger.claim(theirs)
+    assert own.claim(worker_name()) is None
+    ledger.done(job(0).id, theirs, 1.0, {}, [])
+    assert states(ledger) == {0: "done"}
+
+
+def test_what_a_lost_machine_had_is_taken_whatever_its_clock_said(ledger, monkeypatch):
+    ledger.plan([job(0)])
+    own, later, now = Ledger(ledger.file), time.time() + 10 * LOST, time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: later)
+        assert ledger.claim("another-machine:1:0")
+    assert own.claim(worker_name()) is None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * LOST)
+    assert own.claim(worker_name()) == (job(0).id, 0)
 
 
 def test_what_a_killed_process_of_this_machine_had_waits_at_once(ledger):

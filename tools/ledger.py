@@ -51,6 +51,9 @@ class Ledger:
 
     def __init__(self, file: Path, tries: int = 2, share: tuple[int, int] = (0, 1)):
         self.file, self.tries, self.share = file, tries, share
+        self.seen: dict[
+            str, tuple[Any, float]
+        ] = {}  # running job → its last sign of life, and when it was first seen here
         with self._open() as db:
             for statement in TABLE.split(";"):
                 db.execute(statement)
@@ -106,23 +109,30 @@ class Ledger:
 
         Returns the job's id and its tune, or None when none is waiting.
         """
-        now = time.time()
         i, n = self.share
         with self._open() as db:
-            lost = "state = 'running' AND beat < ?"
-            db.execute(
-                f"UPDATE jobs SET state = 'failed', error = 'its worker was lost' WHERE {lost} AND attempt >= ?",
-                (now - LOST, self.tries),
-            )
-            db.execute(f"UPDATE jobs SET state = 'waiting' WHERE {lost}", (now - LOST,))
+            for id in self._lost(db):
+                failed = "state = 'failed', error = 'its worker was lost'"
+                db.execute(f"UPDATE jobs SET {failed} WHERE id = ? AND attempt >= ?", (id, self.tries))
+                db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ? AND state = 'running'", (id,))
             row = self._next(db, {"tune": tune, "i": i, "n": n})
             if row is None:
                 return None
             db.execute(
                 "UPDATE jobs SET state = 'running', attempt = attempt + 1, worker = ?, beat = ? WHERE id = ?",
-                (worker, now, row["id"]),
+                (worker, time.time(), row["id"]),
             )
+            self._lost(db)
             return row["id"], row["tune"]
+
+    def _lost(self, db: sqlite3.Connection) -> list[str]:
+        """Running jobs whose worker has given no sign of life for long, by this process's own clock: those of other
+        machines may differ."""
+        now = time.monotonic()
+        told = {id: sign for id, *sign in db.execute("SELECT id, worker, beat FROM jobs WHERE state = 'running'")}
+        before, self.seen = self.seen, {id: (sign, now) for id, sign in told.items()}
+        self.seen |= {id: seen for id, seen in before.items() if seen[0] == told.get(id)}
+        return [id for id, (_, since) in self.seen.items() if now - since > LOST]
 
     @staticmethod
     def _next(db: sqlite3.Connection, asked: dict[str, int]) -> sqlite3.Row | None:
@@ -142,6 +152,7 @@ class Ledger:
             db.executemany(
                 "UPDATE jobs SET beat = ? WHERE state = 'running' AND worker = ?", [(time.time(), w) for w in workers]
             )
+            self._lost(db)  # to see when the others' change
 
     def done(self, id: str, worker: str, seconds: float, scores: dict[str, Any], outputs: list[str]) -> None:
         """Note a job's results, unless another worker has taken it meanwhile."""
