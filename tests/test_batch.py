@@ -693,6 +693,16 @@ def test_words_that_the_terminal_cannot_write_end_nothing(file, tmp_path, more):
         assert Ledger(tmp_path / "jobs-results" / "jobs.sqlite").counts() == {"done": 4, "failed": 4}
 
 
+def test_jobs_that_keep_nothing_are_said_once(file, monkeypatch, capsys):
+    workflow = {number: WORKFLOW[number] for number in "123"}  # what it has in place of a Sample saves nothing
+    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+    write(file, "workflow: workflow.json\ncross: {3.text: [a dog, a cat]}")
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("has nothing to keep: previews are not kept.") == 1
+
+
 @pytest.mark.parametrize("of", ["results", "the ledger"])
 def test_a_full_disk_costs_an_attempt(file, undisturbed, monkeypatch, tmp_path, capsys, of):
     """The worker ends and says so; the same command goes on where there is room again."""

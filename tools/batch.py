@@ -38,6 +38,7 @@ REPORT = 30.0  # seconds between writing the results
 WAIT = 5.0  # seconds, where others are still at work
 PATIENCE = 300.0  # seconds that a server may be away
 LARGE = ("--max-upload-size", "1000000")  # MB: the clips are the user's own
+EMPTY = "previews are not kept. To have files, put a node that saves, such as Save Video, into the workflow."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -205,6 +206,7 @@ class Batch:
         self.active: dict[str, Comfy] = {}  # worker → its server, while it computes
         self.bars: Bars | None = None
         self.reported = 0.0
+        self.warned = False  # that a job has kept nothing
         self.unwritten = False  # whether the last report could not be written
 
     def work(self, worker: str, server: Running | Own) -> None:
@@ -245,6 +247,9 @@ class Batch:
             prompt, _files = self.plan.prompt(job.values, self.info)
             found = do(comfy, prompt, job, self.folder, partial(self._at, worker))
             self.ledger.done(job.id, worker, time.monotonic() - began, **found)
+            if not (found["scores"] or found["outputs"] or self.warned):
+                self.warned = True
+                tqdm.write(f"{job.id} is done and has nothing to keep: {EMPTY}")
         except Exception as error:
             if self.stopping.is_set():
                 self.ledger.back(job.id, worker)
