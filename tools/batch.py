@@ -138,7 +138,7 @@ def do(
         prompt[number]["inputs"][key] = name = comfy.upload(file)
         names[name] = file.name
     for node in prompt.values():
-        _keep_apart(node["inputs"], job)
+        _keep_apart(node["inputs"], comfy.client[:8])
 
     def on_event(kind: str, data: Any) -> None:
         if kind == "progress" and data.get("node") in prompt:
@@ -168,15 +168,16 @@ def do(
     return {"scores": scores, "outputs": outputs}
 
 
-def _keep_apart(inputs: dict[str, Any], job: jobs.Job) -> None:
-    """Have a node write to files that no other job writes to.
+def _keep_apart(inputs: dict[str, Any], server: str) -> None:
+    """Have a node write to files that no other server writes to.
 
-    Servers that share an output folder would take the same number: ComfyUI counts on from the files that are there, and
-    a video's is there only when it has been encoded.
+    Those that share an output folder would take the same number: ComfyUI counts on from the files that are there, and a
+    video's is there only when it has been encoded. The same for all jobs of a server, which saves again only what has
+    changed: the weights of a tune once, not once a prompt.
     """
     if "filename_prefix" in inputs:
         prefix = inputs["filename_prefix"]
-        inputs["filename_prefix"] = f"{prefix}_{job.id}" if isinstance(prefix, str) else job.id  # else a link
+        inputs["filename_prefix"] = f"{prefix}_{server}" if isinstance(prefix, str) else server  # else a link
 
 
 def _free(taken: set[str], name: str, suffix: str = "") -> str:
