@@ -22,6 +22,7 @@ import argparse
 import configparser
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -645,6 +646,26 @@ def server(
         stop(process)
 
 
+def end_as_by_ctrl_c() -> None:
+    """Have a program that is told to end, or whose terminal goes, stop its server, which has a session of its own."""
+    # Set even if the caller had them ignored, as shells do for background jobs: a server must be stoppable.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:  # as nohup has it
+        return
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    def hung_up(_number: int, _frame: object) -> None:
+        signal.signal(hangup, signal.SIG_IGN)  # some shells say it twice
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in terminals:  # or the next word that is said would fail
+            os.dup2(nowhere, number)
+        raise KeyboardInterrupt
+
+    signal.signal(hangup, hung_up)
+
+
 def wait(process: subprocess.Popen[bytes]) -> int:
     """Wait for a server's end, or for Ctrl-C, which is the usual one."""
     try:
@@ -748,14 +769,15 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
-    # Set even if the caller had them ignored, as shells do for background jobs: a server must be stoppable.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    end_as_by_ctrl_c()
     try:
         return COMMANDS[options.command](options.arguments)
     except (Problem, OSError) as error:

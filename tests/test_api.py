@@ -47,6 +47,9 @@ def test_an_input_gets_a_value_or_a_link(graph):
     graph.set("3", positive=["1", 0], seed=5)
     assert graph.prompt["2"]["inputs"] == {"text": "a cat", "clip": ["4", 1]}
     assert graph.prompt["3"]["inputs"] == {"positive": ["1", 0], "seed": 5}
+    graph.prompt["2"]["inputs"] |= {"name": "a", "self": "b"}
+    graph.set("edit", name="c", self="d")
+    assert graph.prompt["2"]["inputs"] == {"text": "a cat", "clip": ["4", 1], "name": "c", "self": "d"}
 
 
 def test_copies_are_linked_to_each_other_and_apart_from_the_original(graph):

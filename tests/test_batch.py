@@ -2,8 +2,10 @@
 
 import csv
 import errno
+import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,11 +13,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 from fake_comfy import INFO
 from live_server import run
@@ -118,6 +122,31 @@ def wrong_table(table, file):
     return str(error.value)
 
 
+def test_what_is_no_table_is_said(file):
+    table = file.with_suffix(".csv")
+    table.write_bytes("Sample.kind\nré\n".encode("cp1252"))
+    assert wrong_table(table, file) == "jobs.csv is not in UTF-8: save it so, from a spreadsheet as CSV UTF-8."
+    table.write_text("Sample.seed,Sample.kind,Sample.seed\n1,plain,2\n", encoding="utf-8")
+    assert wrong_table(table, file) == "jobs.csv has two columns 'Sample.seed': leave one out."
+    table.write_text(f"Sample.kind\n{'a' * 2**18}\n", encoding="utf-8")
+    assert wrong_table(table, file).startswith("jobs.csv is no CSV table: field larger")
+
+
+def test_a_cell_of_a_table_may_hold_any_line_break(file):
+    table, told = file.with_suffix(".csv"), "a\u2028man\x0bon\u0085skis"
+    table.write_text(f'Prompt.text\n{told}\n"two\nlines"\n', encoding="utf-8")
+    rows = jobs.read(table, file.parent / "workflow.json").rows
+    assert [row["Prompt.text"] for row in rows] == [told, "two\nlines"]
+
+
+def test_two_names_of_one_input_are_refused(file):
+    told = JOBS.replace("rows: [{clip: a.txt}", "set: {3.text: a fox}\nrows: [{clip: a.txt}")
+    (line,) = wrong(file, told)
+    assert line.startswith(
+        "'3.text' and 'the edit: what to see.text' both set 'text' of 'the edit: what to see': leave"
+    )
+
+
 def test_all_that_is_wrong_is_said_at_once(file):
     lines = wrong(
         file,
@@ -137,10 +166,49 @@ rows:
         "'Sample' has no input 'sed'",
         "no node of the workflow is called 'Nobody'",
         "'noise' is no input: write the node's title, a dot and the input's name.",
-        "Sample: seed is 'many', which is no number.",
+        "Sample: seed is 'many', which is no whole number.",
     ):
         assert words in text, (words, text)
     assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("4.seed: 5.7", "Sample: seed is 5.7, which is no whole number."),
+        ("4.seed: '5.0'", "Sample: seed is '5.0', which is no whole number."),
+        ("4.seed: yes", "Sample: seed is True, which is no whole number."),
+        ("4.seed: .inf", "Sample: seed is inf, which is no whole number."),
+        ("4.cfg: many", "Sample: cfg is 'many', which is no number."),
+        ("4.cfg: .nan", "Sample: cfg is nan, which is no number."),
+        ("4.exact: 'no'", "Sample: exact is 'no', but must be true or false."),
+        ("4.exact: 1", "Sample: exact is 1, but must be true or false."),
+        ("3.text: yes", "Prompt: text is True, which is no text: write it in quotes."),
+        ("3.text: 2024-01-02", "Prompt: text is 2024-01-02, which is no text: write it in quotes."),
+        ("4.model: 2024-01-02", "Sample: model is 2024-01-02, which cannot be sent: write it in quotes."),
+    ],
+)
+def test_a_value_that_comfyui_would_take_for_another_is_refused(file, value, words):
+    optional_inputs(file)
+    assert wrong(file, f"workflow: workflow.json\nrows: [{{{value}}}]") == [f"{words} (1 of 1 jobs)"]
+
+
+def test_values_are_taken_as_they_are_meant(file):
+    optional_inputs(file)
+    (file.parent / "jobs.csv").write_text("4.exact,4.seed,4.cfg\nFALSE,5,2\ntrue,6,.5\n", encoding="utf-8")
+    plan = jobs.read(file.parent / "jobs.csv", file.parent / "workflow.json")
+    assert [plan.prompt(job.values, INFO)[0]["4"]["inputs"]["exact"] for job in plan.jobs(INFO)] == [False, True]
+    plan = jobs.read(write(file, "workflow: workflow.json\nrows: [{4.exact: false, 4.seed: 5.0, 4.cfg: 2, 3.text: 1}]"))
+    assert len(plan.jobs(INFO)) == 1
+
+
+def optional_inputs(file):
+    """Have the workflow say its optional inputs, and no titles."""
+    workflow = {
+        number: {"class_type": node["class_type"], "inputs": node["inputs"]} for number, node in WORKFLOW.items()
+    }
+    workflow["4"]["inputs"] = {**workflow["4"]["inputs"], "cfg": 7.5, "exact": True}
+    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -160,16 +228,21 @@ def test_what_is_no_jobs_file_is_said(file, text, words):
     assert any(words in line for line in wrong(file, text))
 
 
-def test_a_workflow_as_the_page_saves_it(file):
-    def saved(number, kind, values, *slots, **more):
-        return {"id": number, "type": kind, "mode": 0, "widgets_values": values, "inputs": list(slots), **more}
+def saved(number, kind, values, *slots, **more):
+    return {"id": number, "type": kind, "mode": 0, "widgets_values": values, "inputs": list(slots), **more}
 
-    def widget(name):
-        return {"name": name, "widget": {"name": name}, "link": None}
 
-    def link(name, number):
-        return {"name": name, "link": number}
+def widget(name):
+    return {"name": name, "widget": {"name": name}, "link": None}
 
+
+def link(name, number):
+    return {"name": name, "link": number}
+
+
+@pytest.fixture
+def page():
+    """A workflow as the page saves it."""
     nodes = [
         saved(1, "Load", {"file": "there.txt"}, widget("file"), title="the clip"),
         saved(2, "TAVOneShotTune", [5], link("clip", 1), widget("steps")),
@@ -179,15 +252,56 @@ def test_a_workflow_as_the_page_saves_it(file):
         ),
         saved(5, "Note", ["a note"]),
     ]
-    workflow = {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 4, 0, "*"], [3, 3, 0, 4, 1, "*"]]}
-    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+    return {"nodes": nodes, "links": [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 4, 0, "*"], [3, 3, 0, 4, 1, "*"]]}
+
+
+def test_a_workflow_as_the_page_saves_it(file, page):
+    (file.parent / "workflow.json").write_text(json.dumps(page), encoding="utf-8")
     plan = jobs.read(write(file, "workflow: workflow.json\nrows: [{the clip.file: a.txt}]"))
     prompt, _files = plan.prompt({}, INFO)
     assert prompt["4"]["inputs"] == {"model": ["2", 0], "text": ["3", 0], "seed": 7, "kind": "other"}
     assert prompt["1"]["inputs"] == {"file": "there.txt"} and len(plan.jobs(INFO)) == 1
-    nodes[1] |= {"mode": 4, "outputs": [{"links": [2]}]}
+    page["nodes"][1]["mode"] = 4
     with pytest.raises(ValueError, match="'TAVOneShotTune' is bypassed, a subgraph, a reroute .* Export"):
-        api.to_api(workflow, INFO)
+        api.to_api(page, INFO)
+
+
+def test_a_bypassed_node_that_nothing_follows_is_left_out_as_in_the_page(page):
+    before = api.to_api(page, INFO)
+    page["nodes"] += [saved(6, "TAVOneShotTune", [5], link("clip", 4), widget("steps"), mode=4)]
+    page["nodes"] += [saved(7, "Sample", [7, "fixed", "other"], link("model", 5), mode=4)]
+    page["links"] += [[4, 1, 0, 6, 0, "*"], [5, 6, 0, 7, 0, "*"]]
+    assert api.to_api(page, INFO) == before
+
+
+@pytest.mark.parametrize("links", [None, [4]])
+def test_a_node_that_the_server_lacks_is_no_note(page, links):
+    page["nodes"] += [saved(6, "VHS_VideoCombine", {}, link("images", 1), outputs=[{"links": links}])]
+    with pytest.raises(ValueError, match="'VHS_VideoCombine' is .* or no node of this ComfyUI"):
+        api.to_api(page, INFO)
+    page["nodes"][-1]["mode"] = 2
+    assert "6" not in api.to_api(page, INFO)
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "follows"),
+    [
+        ("seed", ["INT"], True),
+        ("noise_seed", ["INT", {"control_after_generate": None}], True),
+        ("seed", ["INT", {"control_after_generate": False}], False),
+        ("first", ["INT", {"control_after_generate": True}], True),
+        ("first", ["INT", {}], False),
+        ("seed", ["FLOAT", {}], False),
+        ("seed", ["COMBO", {"control_after_generate": True}], True),
+    ],
+)
+def test_the_page_adds_a_widget_to_what_is_called_a_seed(name, about, follows):
+    info = {"Crop": {"input": {"required": {name: about, "way": ["STRING"]}, "hidden": {"all": "PROMPT"}}}}
+    info["Crop"]["display_name"] = "Crop"
+    values = [7, "fixed", "mine"] if follows else [7, "fixed"]
+    crop = saved(1, "Crop", values, widget(name), widget("way"))
+    inputs = api.to_api({"nodes": [crop], "links": []}, info)["1"]["inputs"]
+    assert inputs == {name: 7, "way": "mine" if follows else "fixed"}
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------
@@ -223,6 +337,15 @@ def test_a_worker_stays_with_its_tune_and_avoids_those_of_others(ledger):
     assert ledger.claim(theirs, 1) is None
 
 
+def test_jobs_that_are_added_to_a_tune_are_of_that_tune(ledger):
+    a, b = f"{1:016x}", f"{2:016x}"
+    ledger.plan([job(1, a), job(2, a)])
+    ledger.plan([job(0, b), job(1, a), job(2, a), job(3, a)])
+    assert [row["tune"] for row in ledger.rows()] == [0, 1, 1, 1]
+    ledger.claim(worker_name(1))
+    assert [ledger.claim(worker_name(2), 1) for _ in range(3)] == [(job(number).id, 1) for number in (1, 2, 3)]
+
+
 def test_shards_divide_the_tunes(tmp_path):
     whole = Ledger(tmp_path / "jobs.sqlite")
     whole.plan([job(i, f"{i // 2:08x}00000000") for i in range(12)])
@@ -252,6 +375,22 @@ def test_what_is_done_stays_and_the_rest_is_planned_anew(ledger):
     ]
 
 
+def test_jobs_that_the_file_no_longer_has_are_left_out_and_known_again(ledger):
+    ledger.plan([job(0), job(1)])
+    me = worker_name()
+    for number in (0, 1):
+        ledger.claim(me, 0)
+        if not number:
+            ledger.done(job(0).id, me, 1.0, {}, [])
+    ledger.plan([job(2)])
+    assert states(ledger) == {0: "dropped", 1: "dropped", 2: "waiting"}
+    assert ledger.counts() == {"dropped": 2, "waiting": 1}, "nobody waits for what runs of an earlier file"
+    ledger.failed(job(1).id, me, "no")
+    assert ledger.claim(me, 0) == (job(2).id, 0) and ledger.claim(me, 0) is None
+    ledger.plan([job(0), job(1)])
+    assert states(ledger) == {0: "done", 1: "waiting", 2: "dropped"}
+
+
 def test_a_job_is_tried_so_often_and_one_put_back_was_not_tried(ledger):
     ledger.plan([job(0)])
     me = worker_name()
@@ -269,17 +408,40 @@ def test_what_a_lost_worker_had_is_taken_by_another_and_its_late_result_is_not(l
     ledger.plan([job(0)])
     lost = "another-machine:1:0"
     assert ledger.claim(lost) and ledger.claim(worker_name()) is None
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + LOST - 1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + LOST - 1)
     ledger.beat([lost])
-    monkeypatch.setattr(time, "time", lambda: now + LOST + 1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + LOST + 1)
     assert ledger.claim(worker_name()) is None, "it gave a sign of life"
-    monkeypatch.setattr(time, "time", lambda: now + 2 * LOST)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * LOST)
     assert ledger.claim(worker_name()) == (job(0).id, 0)
     ledger.done(job(0).id, lost, 1.0, {}, ["late"])
     assert states(ledger) == {0: "running"}
-    monkeypatch.setattr(time, "time", lambda: now + 4 * LOST)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 4 * LOST)
     assert ledger.claim(worker_name()) is None and ledger.rows()[0]["error"] == "its worker was lost"
+
+
+@pytest.mark.parametrize("behind", [10 * LOST, -10 * LOST])
+def test_machines_whose_clocks_differ_leave_each_other_their_jobs(ledger, monkeypatch, behind):
+    ledger.plan([job(0)])
+    own, theirs, now = Ledger(ledger.file), "another-machine:1:0", time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now - behind)
+        assert ledger.claim(theirs)
+    assert own.claim(worker_name()) is None
+    ledger.done(job(0).id, theirs, 1.0, {}, [])
+    assert states(ledger) == {0: "done"}
+
+
+def test_what_a_lost_machine_had_is_taken_whatever_its_clock_said(ledger, monkeypatch):
+    ledger.plan([job(0)])
+    own, later, now = Ledger(ledger.file), time.time() + 10 * LOST, time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: later)
+        assert ledger.claim("another-machine:1:0")
+    assert own.claim(worker_name()) is None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * LOST)
+    assert own.claim(worker_name()) == (job(0).id, 0)
 
 
 def test_what_a_killed_process_of_this_machine_had_waits_at_once(ledger):
@@ -328,6 +490,83 @@ def test_claims_search_by_an_index(ledger, query):
     with sqlite3.connect(ledger.file) as db:
         (step,) = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", {"tune": 7, "i": 0, "n": 1})]
     assert step.startswith("SEARCH jobs USING INDEX by_state (state=?"), "no scan, and nothing is sorted"
+
+
+# --- one job ------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A server that says that nodes have written these outputs, in this order."""
+
+    def __init__(self, outputs):
+        self.outputs, self.client = outputs, "0" * 32
+
+    def run(self, _prompt, _on_event):
+        return {"outputs": self.outputs, "status": {"messages": []}}
+
+    def download(self, output):
+        return output["filename"].encode()
+
+
+def do(server, prompt, number, folder):
+    return batch.do(server, prompt, job(number), folder, lambda *_: None)
+
+
+def node(kind, title="", **inputs):
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+
+
+def test_no_two_servers_write_to_one_file_of_a_shared_output_folder(tmp_path):
+    servers = [api.Comfy(""), api.Comfy("")]
+    for server in servers:
+        server.run = Answers({}).run
+    given = []
+    for server, number in zip([*servers, servers[0]], (1, 2, 3), strict=True):
+        prompt = {"1": node("SaveVideo", filename_prefix="video/a"), "2": node("SaveImage", filename_prefix=["3", 0])}
+        do(server, prompt, number, tmp_path)
+        given.append([node["inputs"]["filename_prefix"] for node in prompt.values()])
+    assert given[0][0].startswith("video/a_") and len({name for names in given for name in names}) == 4
+    assert given[0] == given[2], "a server keeps its own, and saves what has not changed but once"
+
+
+@pytest.mark.parametrize("order", ["1234", "4321"])
+def test_files_and_figures_are_named_in_the_prompts_order(tmp_path, order):
+    told = {
+        "1": {"images": [{"filename": "source.png", "type": "output"}]},
+        "2": {"images": [{"filename": "edit.png", "type": "output"}]},
+        "3": {"scores": [{"motion": 1}]},
+        "4": {"scores": [{"motion": 2}]},
+    }
+    prompt = {"1": node("SaveImage", "Edit"), "2": node("SaveImage", "edit")}  # one file on some disks
+    prompt |= {number: node("TAVScoreVideo", "Score Video") for number in "34"}
+    found = do(Answers({number: told[number] for number in order}), prompt, 1, tmp_path)
+    assert found["outputs"] == [f"{job(1).id}/Edit.png", f"{job(1).id}/edit_2.png"]
+    assert (tmp_path / found["outputs"][0]).read_text(encoding="utf-8") == "source.png"
+    assert found["scores"] == {"Score Video: motion": 1, "Score Video_2: motion": 2}
+
+
+def test_an_upload_is_named_by_what_it_holds_and_an_error_says_the_clips_own_name(tmp_path):
+    clip = tmp_path / f"{'雪' * 30}.mp4"
+    clip.write_bytes(b"a clip")
+
+    class Failing(Answers):
+        def upload(self, file):
+            return "0123.mp4"
+
+        def run(self, prompt, _on_event):
+            error = {"node_type": "Load", "exception_message": f"{prompt['1']['inputs']['file']} is empty"}
+            return {"outputs": {}, "status": {"messages": [["execution_error", error]]}}
+
+    one = jobs.Job("1", {}, TUNE, {("1", "file"): clip})
+    with pytest.raises(RuntimeError, match=f"Load: {clip.name} is empty"):
+        batch.do(Failing({}), {"1": node("Load", file=clip.name)}, one, tmp_path, lambda *_: None)
+    with fake() as address:
+        assert api.Comfy(address).upload(clip) == f"{hashlib.sha256(b'a clip').hexdigest()[:16]}.mp4"
+        clip.write_bytes(b"-" * 2**21)
+        with pytest.raises(api.Refused, match=r"雪.mp4 has 2 MiB, more than http.* takes: .*--max-upload-size\.$"):
+            api.Comfy(address).upload(clip)
+        with pytest.raises(api.Refused, match=r"does not take 雪+\.mp4: 404 Not Found$"):
+            api.Comfy(f"{address}/elsewhere").upload(clip)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -393,6 +632,18 @@ def test_a_second_run_does_only_what_is_new(file, undisturbed, monkeypatch, tmp_
     assert len(before) >= 12 and all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+def test_after_a_change_the_table_has_the_new_jobs_alone(file, undisturbed, monkeypatch, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "whole")
+    changed = {**WORKFLOW, "2": {**WORKFLOW["2"], "inputs": {**WORKFLOW["2"]["inputs"], "steps": 6}}}
+    (file.parent / "workflow.json").write_text(json.dumps(changed), encoding="utf-8")
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address, "--out", out) == 0
+    assert len(table(out)) == 12 and not {row["job"] for row in table(out)} & {row["job"] for row in table(undisturbed)}
+    words = "12 done; 12 that the jobs file no longer has are left out"
+    assert words in capsys.readouterr().out and words in (out / "index.html").read_text(encoding="utf-8")
+    assert all((out / row["outputs"]).is_file() for row in table(undisturbed)), "their files are kept"
+
+
 def test_a_dry_run_prints_the_jobs_and_runs_nothing(file, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["batch", str(file), "--dry-run", "--server"])
     with fake() as address:
@@ -428,6 +679,33 @@ def test_what_fails_is_said_and_the_rest_is_done(file, monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.parametrize("more", ["--dry-run", "--tries=1"])
+def test_words_that_the_terminal_cannot_write_end_nothing(file, tmp_path, more):
+    write(file, JOBS.replace("a dog, a cat, a bird", "bad 雪, 雪の中"))
+    with fake() as address:
+        command = [sys.executable, "-P", str(PROJECT / "tools" / "pack.py"), "tools.batch", str(file), more]
+        told = subprocess.run(
+            [*command, "--server", address],
+            env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+            capture_output=True,
+            encoding="cp1252",
+        )
+    assert told.returncode == (more != "--dry-run"), told.stderr
+    assert r"bad \u96ea" in told.stdout + told.stderr
+    if more != "--dry-run":
+        assert Ledger(tmp_path / "jobs-results" / "jobs.sqlite").counts() == {"done": 4, "failed": 4}
+
+
+def test_jobs_that_keep_nothing_are_said_once(file, monkeypatch, capsys):
+    workflow = {number: WORKFLOW[number] for number in "123"}  # what it has in place of a Sample saves nothing
+    (file.parent / "workflow.json").write_text(json.dumps(workflow), encoding="utf-8")
+    write(file, "workflow: workflow.json\ncross: {3.text: [a dog, a cat]}")
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("has nothing to keep: previews are not kept.") == 1
+
+
 @pytest.mark.parametrize("of", ["results", "the ledger"])
 def test_a_full_disk_costs_an_attempt(file, undisturbed, monkeypatch, tmp_path, capsys, of):
     """The worker ends and says so; the same command goes on where there is room again."""
@@ -461,8 +739,31 @@ def raise_(error):
     raise error
 
 
+@pytest.mark.parametrize(("most", "code", "words"), [(5, 0, "The jobs go on"), (math.inf, 1, "--report does that")])
+def test_a_table_that_is_open_elsewhere_ends_no_worker(
+    file, undisturbed, monkeypatch, tmp_path, capsys, most, code, words
+):
+    monkeypatch.setattr(batch, "REPORT", 0.0)
+    out, replace, refused = tmp_path / "jobs-results", os.replace, []
+
+    def locked(source, target):
+        if Path(target).name == "results.csv" and len(refused) < most:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, "it is open elsewhere", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", locked)
+    with fake() as address:
+        assert run_batch(monkeypatch, file, "--server", address) == code
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(words) == 1 and "results.csv" in said.out + said.err
+    assert len(refused) >= 5 and not list(out.glob("*.part"))
+    assert "12 done" in (out / "index.html").read_text(encoding="utf-8")
+    assert code or table(out) == table(undisturbed)
+
+
 def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file, undisturbed, monkeypatch, tmp_path):
-    monkeypatch.setattr(batch, "PATIENCE", 0.0)
+    monkeypatch.setattr(batch, "PATIENCE", 0.5)
     monkeypatch.setattr(batch, "WAIT", 0.05)
     with fake(0.05) as one, fake(0.05) as two, fake(0.05) as three:
         port = int(three.rpartition(":")[2])
@@ -474,6 +775,36 @@ def test_servers_share_the_jobs_and_one_that_goes_leaves_them_to_the_others(file
     assert table(tmp_path / "out") == table(undisturbed)
     workers = {row["worker"].rpartition(":")[2] for row in Ledger(tmp_path / "out" / "jobs.sqlite").rows()}
     assert workers >= {"0", "1"}
+
+
+def test_a_server_that_freezes_leaves_its_job_to_the_others(file, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setattr(batch, "PATIENCE", 0.5)
+    monkeypatch.setattr(batch, "WAIT", 0.05)
+    monkeypatch.setattr(api, "QUIET", 0.2)
+    get = api.Comfy.get
+    monkeypatch.setattr(api.Comfy, "get", lambda self, path, timeout=0.5: get(self, path, timeout))
+    with fake(0.05) as one, fake(3) as two:
+        freezer = threading.Thread(target=freeze_at_work, args=(two,))
+        freezer.start()
+        assert run_batch(monkeypatch, file, "--server", one, two, "--out", tmp_path / "out") == 0
+        freezer.join()
+    assert table(tmp_path / "out") == table(undisturbed)
+
+
+def freeze_at_work(address):
+    """Stop a server, as one that loses its network stops, as soon as it computes."""
+    port = address.rpartition(":")[2]
+    (process,) = (child for child in psutil.Process().children() if port in child.cmdline())
+    while not api.Comfy(address).get("/queue")["queue_running"]:
+        time.sleep(0.02)
+    process.suspend()
+
+
+def test_a_server_that_computes_without_a_word_is_waited_for(monkeypatch):
+    monkeypatch.setattr(api, "QUIET", 0.1)
+    with fake(1) as address:
+        history = api.Comfy(address, patience=0.1).run(WORKFLOW)
+    assert "execution_success" in dict(history["status"]["messages"])
 
 
 # Ends the server on a port as soon as a job is running.
@@ -538,7 +869,8 @@ def own_host(tmp_path, monkeypatch):
     (host / "nodes.py").write_text("", encoding="utf-8")
     fake = PROJECT / "tests" / "support" / "fake_comfy.py"
     (host / "main.py").write_text(
-        "import runpy, sys\n"
+        "import pathlib, runpy, sys\n"
+        "pathlib.Path(__file__).with_name('told.txt').write_text(' '.join(sys.argv), encoding='utf-8')\n"
         "port = sys.argv[sys.argv.index('--port') + 1]\n"
         f"sys.argv = ['', port, '0.1']; runpy.run_path({str(fake)!r}, run_name='__main__')\n",
         encoding="utf-8",
@@ -557,6 +889,59 @@ def test_a_server_of_our_own_that_dies_is_started_again(file, undisturbed, own_h
     assert killer.wait() == 0 and table(out) == table(undisturbed)
     assert max(row["attempt"] for row in Ledger(out / "jobs.sqlite").rows()) == 2
     assert not list(out.glob("server-*.json"))
+    assert " --max-upload-size 1000000" in (own_host / "told.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and terminals")
+@pytest.mark.parametrize("way", ["its group is told to end", "its terminal goes", "nohup"])
+def test_a_batch_that_is_told_to_end_ends_its_server(file, own_host, tmp_path, way):
+    out = tmp_path / "told"
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-P", "-c", BATCH_IN_A_TERMINAL, str(PROJECT / "tools"), str(tmp_path / "state"), way]
+    process = subprocess.Popen(
+        [*command, str(file), "--out", str(out)], start_new_session=True, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    try:
+        while not finished(out):
+            assert process.poll() is None
+            with suppress(BlockingIOError):
+                os.read(ours, 2**16)
+            time.sleep(0.02)
+        (note,) = out.glob("server-*.json")
+        server = psutil.Process(json.loads(note.read_text(encoding="utf-8"))["server"])
+        if way == "its group is told to end":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            os.close(ours)
+        code = process.wait(60)
+    finally:
+        process.kill()
+    assert not server.is_running() and not note.exists()
+    counts = Ledger(out / "jobs.sqlite").counts()
+    assert (code, counts) == (0, {"done": 12}) if way == "nohup" else code == 130 and "running" not in counts
+
+
+# The command in a terminal of its own, whose host is looked for in a folder of the test's.
+BATCH_IN_A_TERMINAL = """
+import fcntl, runpy, signal, sys, termios
+from pathlib import Path
+_, tools, state, way, *sys.argv[1:] = sys.argv
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.path.insert(0, tools)
+from pack import load_nothing
+load_nothing()
+from tune_a_video import run
+run.STATE, run.device_arguments = Path(state), lambda _python: []
+if way == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.stdout = sys.stderr = open(state + ".log", "w", encoding="utf-8")
+try:
+    runpy.run_module("tune_a_video.tools.batch", run_name="__main__")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
 
 
 # Kills the batch's server as soon as two jobs are done.
@@ -584,8 +969,6 @@ def test_ray_starts_a_worker_that_does_all_jobs(file, undisturbed, own_host, mon
 
 
 def test_a_server_whose_batch_was_killed_is_ended_by_the_next(tmp_path):
-    import psutil
-
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

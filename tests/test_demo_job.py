@@ -79,6 +79,9 @@ def test_a_video_never_takes_the_place_of_the_users(server, tmp_path):
     assert users.read_bytes() == b"the user's"
     assert name != "clip.mp4" and (server.base / "input" / name).read_bytes() == video.read_bytes()
     assert server.upload(video) == name, "the same again takes no further room"
+    assert server.upload(video.rename(tmp_path / f"{'雪' * 30}.mp4")) == name, (
+        "its own name is too long as ComfyUI takes it"
+    )
 
 
 def test_edits_of_an_earlier_run_are_gone(tmp_path, monkeypatch):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -16,24 +19,47 @@ import aiohttp
 
 Prompt = dict[str, dict[str, Any]]
 MUTED, BYPASSED = 2, 4  # a node's mode in the page's workflows
-SEEDS = {"fixed", "increment", "decrement", "randomize"}  # what the page does with a seed after a run
+NOTES = ("Note", "MarkdownNote")
+SEEDS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
+QUIET = 15.0  # seconds without a word after which a server is asked whether it is there
+SLOWEST = 2**18  # bytes a second, of an upload
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class Refused(Exception):
-    """ComfyUI does not take the prompt; the text says why, a line a node."""
+    """ComfyUI does not take a prompt or a file; the text says why, of a prompt a line a node."""
+
+
+def content(file: Path) -> str:
+    """The SHA-256 of what a file holds, in hexadecimal digits."""
+    about = file.stat()
+    return _digest_of(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _digest_of(file: Path, _size: int, _modified: int) -> str:
+    """Read once: most jobs of a batch share their clips."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 class Comfy:
-    """A running ComfyUI at `address`, such as http://127.0.0.1:8188."""
+    """A running ComfyUI at `address`, such as http://127.0.0.1:8188.
 
-    def __init__(self, address: str):
-        self.address = address
+    Args:
+        patience: seconds without any answer after which it counts as lost while it computes.
+    """
+
+    def __init__(self, address: str, patience: float = 300):
+        self.address, self.patience = address, patience
         self.client = uuid.uuid4().hex
         self.running: str | None = None  # the id of the prompt that `run` waits for
 
-    def get(self, path: str) -> Any:
-        with urlopen(self.address + path, timeout=30) as answer:
+    def get(self, path: str, timeout: float = 30) -> Any:
+        with urlopen(self.address + path, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, data: Any) -> Any:
@@ -42,15 +68,27 @@ class Comfy:
         return json.loads(body) if body else None
 
     def upload(self, file: Path) -> str:
-        """Put a file into ComfyUI's input folder; its name there, a new one where another file has that name."""
+        """Put a file into ComfyUI's input folder; its name there, which is made of what it holds.
+
+        Its own may be too long there, where letters are written as bytes. Raises Refused when ComfyUI does not take it.
+        """
         return asyncio.run(self._upload(file))
 
     async def _upload(self, file: Path) -> str:
-        with file.open("rb") as content:
+        form = aiohttp.FormData()
+        name, size = f"{content(file)[:16]}{file.suffix}", file.stat().st_size
+        limit = aiohttp.ClientTimeout(total=self.patience + size / SLOWEST)
+        with file.open("rb") as stream:
+            form.add_field("image", stream, filename=name)
             async with (
-                aiohttp.ClientSession() as session,
-                session.post(f"{self.address}/upload/image", data={"image": content}) as answer,
+                aiohttp.ClientSession(timeout=limit) as session,
+                session.post(f"{self.address}/upload/image", data=form) as answer,
             ):
+                if answer.status == 413:
+                    told = f"{file.name} has {size / 2**20:.0f} MiB, more than {self.address} takes"
+                    raise Refused(f"{told}: start ComfyUI with --max-upload-size.")
+                if answer.status != 200:
+                    raise Refused(f"{self.address} does not take {file.name}: {answer.status} {answer.reason}")
                 return (await answer.json())["name"]
 
     def download(self, output: Mapping[str, str]) -> bytes:
@@ -59,14 +97,17 @@ class Comfy:
             return answer.read()
 
     def run(
-        self, prompt: Prompt, on_event: Callable[[str, Any], None] = lambda _kind, _data: None, timeout: float = 86400
+        self,
+        prompt: Prompt,
+        on_event: Callable[[str, Any], None] = lambda _kind, _data: None,
+        timeout: float | None = None,
     ) -> dict[str, Any]:
-        """Queue a prompt and wait for its end; returns its history entry.
+        """Queue a prompt and wait for its end, however long it computes; returns its history entry.
 
         Args:
             on_event: told all that the page would be: JSON messages by their type, binary ones as "binary".
 
-        Raises Refused when the prompt is not valid.
+        Raises Refused when the prompt is not valid, and OSError when the server is lost.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
 
@@ -79,28 +120,49 @@ class Comfy:
             try:
                 queued = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
             except HTTPError as error:
-                raise Refused(refusal(json.loads(error.read()))) from None
+                try:
+                    told = json.loads(error.read())
+                except ValueError:  # not ComfyUI's words, but those of something before it
+                    raise error from None
+                raise Refused(refusal(told)) from None
             identity = self.running = queued["prompt_id"]
             if queued["node_errors"]:  # ComfyUI runs what is valid of it; a part is not what was asked for
                 self.interrupt()
                 raise Refused(refusal(queued))
-            ended = False
-            async for message in socket:
+            ended, heard = False, time.monotonic()
+            while not ended:
+                try:
+                    message = await socket.receive(QUIET)
+                except asyncio.TimeoutError:  # it computes without a word, or is lost: a frozen one closes nothing
+                    try:
+                        if not self._has(identity):
+                            break
+                    except OSError:
+                        if time.monotonic() - heard > self.patience:
+                            raise ConnectionError(f"{self.address} does not answer any more") from None
+                    else:
+                        heard = time.monotonic()
+                    continue
+                heard = time.monotonic()
                 if message.type is aiohttp.WSMsgType.BINARY:
                     on_event("binary", message.data)
                 elif message.type is aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
                     on_event(event["type"], event["data"])
-                    if event["type"] in ENDS and event["data"].get("prompt_id") == identity:
-                        ended = True
-                        break
+                    ended = event["type"] in ENDS and event["data"].get("prompt_id") == identity
+                else:
+                    break  # it was closed
         while identity not in (history := self.get(f"/history/{identity}")):
             # Without the event of its end: it came just now, or the server was started anew and knows nothing of it.
-            lost = not ended and identity not in json.dumps(self.get("/queue"))
+            lost = not ended and not self._has(identity)
             if lost and identity not in self.get(f"/history/{identity}"):
                 raise ConnectionError(f"{self.address} was started anew while it ran")
             await asyncio.sleep(0.1)
         return history[identity]
+
+    def _has(self, identity: str) -> bool:
+        """Whether a prompt is in the queue, or being computed."""
+        return identity in json.dumps(self.get("/queue", QUIET))
 
     def interrupt(self) -> None:
         """Take what `run` waits for out of the queue, or stop it."""
@@ -153,7 +215,7 @@ class Graph:
         node = self.prompt[number]
         return node.get("_meta", {}).get("title", node["class_type"])
 
-    def set(self, name: str, **inputs: Any) -> str:
+    def set(self, name: str, /, **inputs: Any) -> str:
         """Give inputs of a node, named as for `find`, their values or links; its id.
 
         Raises ValueError as `find`, and for an input that it has not.
@@ -208,24 +270,25 @@ def failure(history: Mapping[str, Any]) -> str | None:
 def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Prompt:
     """A workflow as the page saves it → the API's form, as the page sends it.
 
-    Raises ValueError when it has what only the page resolves: bypassed nodes, subgraphs, reroutes.
+    Raises ValueError when it has what only the page resolves (bypassed nodes, subgraphs, reroutes), or a node that this
+    ComfyUI has not.
     """
-    muted = {node["id"] for node in workflow["nodes"] if node["mode"] == MUTED}
+    out = {node["id"]: node["mode"] for node in workflow["nodes"] if node["mode"] in (MUTED, BYPASSED)}
+    used = {link[1] for link in workflow["links"] if link[3] not in out}
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in out}
+    prompt = {}
     for node in workflow["nodes"]:
-        linked = any(slot.get("links") for slot in node.get("outputs") or ())
-        if node["id"] not in muted and linked and (node["type"] not in object_info or node["mode"] == BYPASSED):
+        bypassed = out.get(node["id"]) == BYPASSED and node["id"] in used
+        strange = node["type"] not in (*object_info, *NOTES) and node["id"] not in out
+        if bypassed or strange:
             raise ValueError(
                 f"{node.get('title', node['type'])!r} is bypassed, a subgraph, a reroute or no node of this ComfyUI: "
                 "export the workflow from ComfyUI's page by Export (API), and use that."
             )
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"] if link[1] not in muted}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] not in object_info or node["id"] in muted:  # the first are notes
+        if node["id"] in out or node["type"] in NOTES:
             continue
         parts = object_info[node["type"]]["input"].values()
-        options = {name: entry[1] for part in parts for name, entry in part.items() if isinstance(entry[-1], Mapping)}
-        inputs = _widgets(node, {name for name, about in options.items() if about.get("control_after_generate")})
+        inputs = _widgets(node, {name for part in parts for name, about in part.items() if _is_seed(name, about)})
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] in links}
         known = {name for part in parts for name in part}
         prompt[str(node["id"])] = {
@@ -234,6 +297,14 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Promp
             "_meta": {"title": node.get("title", object_info[node["type"]]["display_name"])},
         }
     return prompt
+
+
+def _is_seed(name: str, about: Sequence[Any]) -> bool:
+    """Whether the page adds a widget to an input's own, which says what becomes of the value after a run."""
+    options = about[-1] if isinstance(about[-1], Mapping) else {}
+    if (told := options.get("control_after_generate")) is None:
+        return about[0] == "INT" and name in ("seed", "noise_seed")
+    return bool(told)
 
 
 def _widgets(node: Mapping[str, Any], seeds: set[str]) -> dict[str, Any]:

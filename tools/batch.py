@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ BEAT = 15.0  # seconds between signs of life
 REPORT = 30.0  # seconds between writing the results
 WAIT = 5.0  # seconds, where others are still at work
 PATIENCE = 300.0  # seconds that a server may be away
+LARGE = ("--max-upload-size", "1000000")  # MB: the clips are the user's own
+EMPTY = "previews are not kept. To have files, put a node that saves, such as Save Video, into the workflow."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,7 +53,7 @@ class Running:
     """A ComfyUI that somebody else has started."""
 
     def __init__(self, address: str):
-        self.comfy = Comfy(address.rstrip("/"))
+        self.comfy = Comfy(address.rstrip("/"), PATIENCE)
 
     def ready(self) -> Comfy:
         """It, as soon as it answers. Raises Lost when it does not."""
@@ -85,11 +88,11 @@ class Own:
             port = run.open_port(0)
             log = self.stack.enter_context((self.folder / "comfyui.log").open("a", encoding="utf-8"))
             try:
-                starting = run.server(host, Path(sys.executable), port, log=log, started=self._note)
+                starting = run.server(host, Path(sys.executable), port, LARGE, log, self._note)
                 self.process = self.stack.enter_context(starting)
             except run.Problem as error:
                 raise Lost(f"{error} ({self.folder / 'comfyui.log'})") from None
-            self.comfy = Comfy(f"http://127.0.0.1:{port}")
+            self.comfy = Comfy(f"http://127.0.0.1:{port}", PATIENCE)
         return self.comfy
 
     def close(self) -> None:
@@ -130,8 +133,12 @@ def do(
 
     Raises Refused when the server does not take it, RuntimeError when a node fails, OSError when the server is lost.
     """
+    names = {}
     for (number, key), file in job.files.items():
-        prompt[number]["inputs"][key] = comfy.upload(file)
+        prompt[number]["inputs"][key] = name = comfy.upload(file)
+        names[name] = file.name
+    for node in prompt.values():
+        _keep_apart(node["inputs"], comfy.client[:8])
 
     def on_event(kind: str, data: Any) -> None:
         if kind == "progress" and data.get("node") in prompt:
@@ -139,25 +146,46 @@ def do(
 
     history = comfy.run(prompt, on_event)
     if reason := failure(history):
+        for name, own in names.items():
+            reason = reason.replace(name, own)
         raise RuntimeError(reason)
+    scorers = sum(node["class_type"] == "TAVScoreVideo" for node in prompt.values())
     scores, outputs = {}, []
-    ends = {number: told for number, told in history["outputs"].items() if number in prompt}
-    scorers = [number for number in ends if prompt[number]["class_type"] == "TAVScoreVideo"]
-    for number, told in ends.items():
-        title = prompt[number].get("_meta", {}).get("title", number)
-        if number in scorers:
-            before = f"{title}: " if len(scorers) > 1 else ""
+    taken, titled = set(), set()
+    for number, node in prompt.items():  # in its order: that in which nodes end changes from job to job
+        told = history["outputs"].get(number, {})
+        title = node.get("_meta", {}).get("title", number)
+        if node["class_type"] == "TAVScoreVideo" and told:
+            before = f"{_free(titled, title)}: " if scorers > 1 else ""
             scores |= {f"{before}{name}": value for name, value in told["scores"][0].items()}
         for output in _files(told):
             # Not by the server's name, which counts on from whatever is in its folder.
-            stem, suffix = re.sub(r"[^\w-]+", "_", title), Path(output["filename"]).suffix
-            names = (f"{stem}{count}{suffix}" for count in ("", *(f"_{i}" for i in range(2, len(outputs) + 3))))
-            name = next(name for name in names if f"{job.id}/{name}" not in outputs)
+            name = _free(taken, re.sub(r"[^\w-]+", "_", title), Path(output["filename"]).suffix)
             (folder / job.id).mkdir(parents=True, exist_ok=True)
             results.write_whole(folder / job.id / name, comfy.download(output))
             results.contact_sheet(folder / job.id / name)
             outputs.append(f"{job.id}/{name}")
     return {"scores": scores, "outputs": outputs}
+
+
+def _keep_apart(inputs: dict[str, Any], server: str) -> None:
+    """Have a node write to files that no other server writes to.
+
+    Those that share an output folder would take the same number: ComfyUI counts on from the files that are there, and a
+    video's is there only when it has been encoded. The same for all jobs of a server, which saves again only what has
+    changed: the weights of a tune once, not once a prompt.
+    """
+    if "filename_prefix" in inputs:
+        prefix = inputs["filename_prefix"]
+        inputs["filename_prefix"] = f"{prefix}_{server}" if isinstance(prefix, str) else server  # else a link
+
+
+def _free(taken: set[str], name: str, suffix: str = "") -> str:
+    """A name, numbered where it is taken; some disks do not tell capitals apart."""
+    numbered = (f"{name}{end}{suffix}" for end in chain([""], (f"_{i}" for i in count(2))))
+    found = next(each for each in numbered if each.casefold() not in taken)
+    taken.add(found.casefold())
+    return found
 
 
 def _files(told: Mapping[str, Any]) -> list[Mapping[str, str]]:
@@ -179,6 +207,8 @@ class Batch:
         self.active: dict[str, Comfy] = {}  # worker → its server, while it computes
         self.bars: Bars | None = None
         self.reported = 0.0
+        self.warned = False  # that a job has kept nothing
+        self.unwritten = False  # whether the last report could not be written
 
     def work(self, worker: str, server: Running | Own) -> None:
         """Take jobs until none is left for this worker, its server is lost, or results cannot be written."""
@@ -218,6 +248,9 @@ class Batch:
             prompt, _files = self.plan.prompt(job.values, self.info)
             found = do(comfy, prompt, job, self.folder, partial(self._at, worker))
             self.ledger.done(job.id, worker, time.monotonic() - began, **found)
+            if not (found["scores"] or found["outputs"] or self.warned):
+                self.warned = True
+                tqdm.write(f"{job.id} is done and has nothing to keep: {EMPTY}")
         except Exception as error:
             if self.stopping.is_set():
                 self.ledger.back(job.id, worker)
@@ -241,9 +274,18 @@ class Batch:
         if time.monotonic() - self.reported > REPORT:
             self.report()
 
-    def report(self) -> None:
+    def report(self, last: bool = False) -> None:
+        """Write the results. Where that is impossible, such as in a table that a spreadsheet has open, say so once."""
         self.reported = time.monotonic()
-        results.write(self.folder, self.ledger.rows())
+        try:
+            results.write(self.folder, self.ledger.rows())
+            self.unwritten = False
+        except OSError as error:
+            if last:
+                tqdm.write(f"{error}. The results are not written anew: --report does that, once this is mended.")
+            elif not self.unwritten:
+                tqdm.write(f"{error}. The jobs go on, and the results are written as soon as they can be.")
+            self.unwritten = True
 
     def run(self, servers: list[Running | Own]) -> None:
         """Work with all servers at once. At Ctrl-C jobs are put back, and the servers stop computing them."""
@@ -269,7 +311,7 @@ class Batch:
                     self.ledger.release(worker)
                 for server in servers:
                     server.close()
-                self.report()
+                self.report(last=True)
 
     @contextmanager
     def _beating(self, workers: list[str]):
@@ -343,7 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             ledger = Ledger(file, args.tries, args.shard)
             ledger.plan(planned)
-            Batch(plan, info, planned, ledger, folder).run(servers)
+            work = Batch(plan, info, planned, ledger, folder)
+            work.run(servers)
         finally:
             for server in servers:
                 server.close()
@@ -352,8 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Lost, OSError) as error:
         sys.exit(f"run.py: error: {error}")
     counts = ledger.counts()
-    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f"; results: {folder}")
-    sys.exit(1 if counts.keys() & {"failed", "waiting", "running"} else 0)
+    print(f"{results.summary(counts)}; results: {folder}")
+    sys.exit(1 if work.unwritten or counts.keys() & {"failed", "waiting", "running"} else 0)
 
 
 def by_ray(args: argparse.Namespace, folder: Path) -> int:
@@ -432,4 +475,5 @@ def dry_run(plan: jobs.Plan, planned: list[jobs.Job]) -> None:
 
 
 if __name__ == "__main__":
+    run.end_as_by_ctrl_c()
     main()

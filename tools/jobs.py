@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .api import Graph, Prompt, to_api
+from .api import Graph, Prompt, content, to_api
 
 KEYS = {"workflow", "names", "set", "rows", "cross"}
 TUNE = "TAVOneShotTune"
@@ -82,17 +84,21 @@ class Plan:
         """
         graph = Graph(deepcopy(self._api(info)))
         files, wrong = {}, []
+        given: dict[tuple[str, str], str] = {}
         for name, value in values.items():
             for target in self.names.get(name, [name]):
-                title, dot, key = target.rpartition(".")
+                title, dot, key = str(target).rpartition(".")
                 try:
                     if not dot:
                         raise ValueError(f"{target!r} is no input: write the node's title, a dot and the input's name.")
                     number = graph.set(title, **{key: value})
+                    if (other := given.setdefault((number, key), name)) != name:
+                        raise ValueError(f"{other!r} and {name!r} both set {key!r} of {title!r}: leave one out.")
                 except ValueError as error:
                     wrong.append(str(error))
                     continue
                 about = _input(info, graph.prompt[number]["class_type"], key)
+                graph.prompt[number]["inputs"][key] = _meant(about, value)
                 if (
                     isinstance(value, str)
                     and about is not None
@@ -132,9 +138,12 @@ def read(file: Path, workflow: Path | None = None) -> Plan:
     """Read a jobs file; `workflow` is for a table, which names none. Raises Wrong when it is none."""
     wrong: list[str] = []
     told: Any
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise Wrong([f"{file.name} is not in UTF-8: save it so, from a spreadsheet as CSV UTF-8."]) from None
     if file.suffix.lower() == ".csv":
-        told = {"rows": list(csv.DictReader(text.splitlines(keepends=True)))}
+        told = {"rows": _table(file.name, text)}
     else:
         try:
             told = yaml.safe_load(text)
@@ -169,6 +178,17 @@ def read(file: Path, workflow: Path | None = None) -> Plan:
     return Plan(file.parent, _workflow(path), names, [everywhere | row | way for row in rows for way in ways])
 
 
+def _table(name: str, text: str) -> list[Any]:
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        raise Wrong([f"{name} is no CSV table: {error}"]) from None
+    if twice := [head for head, count in Counter(table.fieldnames or ()).items() if count > 1]:
+        raise Wrong([f"{name} has two columns {head!r}: leave one out." for head in twice])
+    return rows
+
+
 def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and None not in row and None not in row.values()  # csv's for too many or few cells
 
@@ -194,26 +214,11 @@ def _digest(prompt: Prompt, files: Mapping[tuple[str, str], Path], nodes: Iterab
     told = {}
     for number in prompt if nodes is None else nodes:
         inputs = {
-            key: f"sha256:{_content(files[number, key])}" if (number, key) in files else value
+            key: f"sha256:{content(files[number, key])}" if (number, key) in files else value
             for key, value in prompt[number]["inputs"].items()
         }
         told[number] = [prompt[number]["class_type"], inputs]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _content(file: Path) -> str:
-    about = file.stat()
-    return _digest_of(file, about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _digest_of(file: Path, _size: int, _modified: int) -> str:
-    """Read once: most jobs share their clips."""
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _tune(prompt: Prompt, files: Mapping[tuple[str, str], Path]) -> str:
@@ -252,7 +257,7 @@ def faults(prompt: Prompt, files: Mapping[tuple[str, str], Path], info: Info) ->
             if _is_link(value):
                 if str(value[0]) not in prompt:
                     yield f"{title}: {name} leads to node {value[0]}, which is not there."
-            elif about is not None and (number, name) not in files and (fault := _fault(about, value)):
+            elif (number, name) not in files and (fault := _fault(about or [None], value)):
                 yield f"{title}: {name} {fault}"
 
 
@@ -269,15 +274,39 @@ def _fault(about: list[Any], value: Any) -> str | None:
         )
         return f"is {value!r}, but ComfyUI has {shown or 'none'}."
     if kind in ("INT", "FLOAT"):
-        given: Any = value
-        try:
-            number = int(given) if kind == "INT" else float(given)
-        except (TypeError, ValueError):
-            return f"is {value!r}, which is no number."
+        number = _number(kind, value)
+        if number is None:
+            return f"is {value!r}, which is no {'whole ' * (kind == 'INT')}number."
         low, high = options.get("min"), options.get("max")
         if (low is not None and number < low) or (high is not None and number > high):
             return f"is {value}, but must be from {low} to {high}."
+    if kind == "BOOLEAN" and not isinstance(value, bool):
+        return f"is {value!r}, but must be true or false."
+    if kind == "STRING" and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        return f"is {value}, which is no text: write it in quotes."
+    try:
+        json.dumps(value)
+    except TypeError:  # YAML's dates, for one
+        return f"is {value}, which cannot be sent: write it in quotes."
     return None
+
+
+def _number(kind: str, value: Any) -> int | float | None:
+    """What ComfyUI makes of a value for an INT or a FLOAT; None where that is no number, or another."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    with suppress(ValueError, OverflowError):
+        number = int(value) if kind == "INT" else float(value)
+        same = kind == "FLOAT" or isinstance(value, str) or number == value
+        return number if same and isfinite(number) else None
+    return None
+
+
+def _meant(about: list[Any] | None, value: Any) -> Any:
+    """A value as it is meant: a table's cell is text, and ComfyUI takes any text for true."""
+    if about and about[0] == "BOOLEAN" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)  # spreadsheets write them in capitals
+    return value
 
 
 def _input(info: Info, kind: str, name: str) -> list[Any] | None:

@@ -21,7 +21,7 @@ import psutil
 from .jobs import Job
 
 LOST = 120.0  # seconds without a sign of life after which another worker takes a job
-# tune: the position of the first job that has the same.
+# position: in the jobs file, -1 for jobs that it no longer has. tune: the position of the first job that has the same.
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
   id TEXT PRIMARY KEY, position INTEGER NOT NULL, tune INTEGER NOT NULL, share INTEGER NOT NULL, "values" TEXT NOT NULL,
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, tune, position, share);
 """
-WAITING = "SELECT id, tune FROM jobs WHERE state = 'waiting' AND share % :n = :i"
+WAITING = "SELECT id, tune FROM jobs WHERE state = 'waiting' AND position >= 0 AND share % :n = :i"
 OF_TUNE = f"{WAITING} AND tune = :tune ORDER BY position LIMIT 1"
 AFTER_TUNE = f"{WAITING} AND tune > :tune ORDER BY tune, position LIMIT 1"
 LAST = f"{WAITING} ORDER BY tune DESC, position DESC LIMIT 1"
@@ -51,6 +51,9 @@ class Ledger:
 
     def __init__(self, file: Path, tries: int = 2, share: tuple[int, int] = (0, 1)):
         self.file, self.tries, self.share = file, tries, share
+        self.seen: dict[
+            str, tuple[Any, float]
+        ] = {}  # running job → its last sign of life, and when it was first seen here
         with self._open() as db:
             for statement in TABLE.split(";"):
                 db.execute(statement)
@@ -89,39 +92,47 @@ class Ledger:
             db.executemany("INSERT INTO planned VALUES (?)", [row[:1] for row in rows])
             db.executemany(
                 "INSERT INTO jobs (id, position, tune, share, \"values\", state) VALUES (?, ?, ?, ?, ?, 'waiting') "
-                'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values"',
+                'ON CONFLICT (id) DO UPDATE SET position = excluded.position, "values" = excluded."values", '
+                "tune = excluded.tune, share = excluded.share",
                 rows,
             )
-            planned = "id IN (SELECT id FROM planned)"
-            db.execute(f"UPDATE jobs SET state = 'dropped' WHERE state IN ('waiting', 'failed') AND NOT {planned}")
-            anew = "state = 'waiting', attempt = 0, error = NULL"
-            db.execute(f"UPDATE jobs SET {anew} WHERE state IN ('failed', 'dropped') AND {planned}")
             for row in db.execute("SELECT id, worker FROM jobs WHERE state = 'running'").fetchall():
                 if _is_gone(row["worker"]):
                     db.execute("UPDATE jobs SET state = 'waiting', attempt = 0 WHERE id = ?", (row["id"],))
+            db.execute("UPDATE jobs SET position = -1 WHERE id NOT IN (SELECT id FROM planned)")
+            db.execute("UPDATE jobs SET state = 'dropped' WHERE state IN ('waiting', 'failed') AND position < 0")
+            anew = "state = 'waiting', attempt = 0, error = NULL"
+            db.execute(f"UPDATE jobs SET {anew} WHERE state IN ('failed', 'dropped') AND position >= 0")
 
     def claim(self, worker: str, tune: int = -1) -> tuple[str, int] | None:
         """Take a worker's next job: of the tune that it has, of one that nobody works at, or any.
 
         Returns the job's id and its tune, or None when none is waiting.
         """
-        now = time.time()
         i, n = self.share
         with self._open() as db:
-            lost = "state = 'running' AND beat < ?"
-            db.execute(
-                f"UPDATE jobs SET state = 'failed', error = 'its worker was lost' WHERE {lost} AND attempt >= ?",
-                (now - LOST, self.tries),
-            )
-            db.execute(f"UPDATE jobs SET state = 'waiting' WHERE {lost}", (now - LOST,))
+            for id in self._lost(db):
+                failed = "state = 'failed', error = 'its worker was lost'"
+                db.execute(f"UPDATE jobs SET {failed} WHERE id = ? AND attempt >= ?", (id, self.tries))
+                db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ? AND state = 'running'", (id,))
             row = self._next(db, {"tune": tune, "i": i, "n": n})
             if row is None:
                 return None
             db.execute(
                 "UPDATE jobs SET state = 'running', attempt = attempt + 1, worker = ?, beat = ? WHERE id = ?",
-                (worker, now, row["id"]),
+                (worker, time.time(), row["id"]),
             )
+            self._lost(db)
             return row["id"], row["tune"]
+
+    def _lost(self, db: sqlite3.Connection) -> list[str]:
+        """Running jobs whose worker has given no sign of life for long, by this process's own clock: those of other
+        machines may differ."""
+        now = time.monotonic()
+        told = {id: sign for id, *sign in db.execute("SELECT id, worker, beat FROM jobs WHERE state = 'running'")}
+        before, self.seen = self.seen, {id: (sign, now) for id, sign in told.items()}
+        self.seen |= {id: seen for id, seen in before.items() if seen[0] == told.get(id)}
+        return [id for id, (_, since) in self.seen.items() if now - since > LOST]
 
     @staticmethod
     def _next(db: sqlite3.Connection, asked: dict[str, int]) -> sqlite3.Row | None:
@@ -141,6 +152,7 @@ class Ledger:
             db.executemany(
                 "UPDATE jobs SET beat = ? WHERE state = 'running' AND worker = ?", [(time.time(), w) for w in workers]
             )
+            self._lost(db)  # to see when the others' change
 
     def done(self, id: str, worker: str, seconds: float, scores: dict[str, Any], outputs: list[str]) -> None:
         """Note a job's results, unless another worker has taken it meanwhile."""
@@ -170,7 +182,8 @@ class Ledger:
         """How many jobs of the share are in each state."""
         i, n = self.share
         with self._open() as db:
-            query = "SELECT state, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY state"
+            state = "CASE WHEN position < 0 THEN 'dropped' ELSE state END"
+            query = f"SELECT {state}, COUNT(*) FROM jobs WHERE share % ? = ? GROUP BY 1"
             return dict(map(tuple, db.execute(query, (n, i))))
 
     def at_work(self) -> dict[str, int]:
@@ -185,6 +198,7 @@ class Ledger:
         with self._open() as db:
             rows = [dict(row) for row in db.execute("SELECT * FROM jobs ORDER BY position, id")]
         for row in rows:
+            row["state"] = "dropped" if row["position"] < 0 else row["state"]
             row["values"] = json.loads(row["values"])
             row["scores"], row["outputs"] = json.loads(row["scores"] or "{}"), json.loads(row["outputs"] or "[]")
         return rows

@@ -5,6 +5,7 @@ As a program, `pack.py MODULE …` runs one of its modules, such as `lab.train`,
 """
 
 import importlib.util
+import io
 import os
 import runpy
 import sys
@@ -53,6 +54,9 @@ def load_nothing(name: str = NAME) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.argv = sys.argv[1:]
     load_nothing() if sys.argv[0].startswith("tools.") else load_pack()
     try:

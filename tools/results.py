@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ Row = Mapping[str, Any]
 def write_whole(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all, whatever happens while it is written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def contact_sheet(video: Path) -> Path | None:
@@ -56,12 +61,23 @@ def contact_sheet(video: Path) -> Path | None:
 
 
 def write(folder: Path, rows: Iterable[Row]) -> None:
-    """results.csv and index.html in a batch's folder, of a ledger's rows."""
+    """results.csv and index.html in a batch's folder, of a ledger's rows. Raises OSError when one cannot be written."""
+    rows = list(rows)
+    told = summary(Counter(row["state"] for row in rows))
     rows = [row for row in rows if row["state"] != "dropped"]
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     figures = list(dict.fromkeys(name for row in rows for name, value in row["scores"].items() if value is not None))
-    write_whole(folder / "results.csv", _csv(rows, names, figures).encode("utf-8-sig"))  # as spreadsheets want it
-    write_whole(folder / "index.html", _page(folder, rows, names, figures).encode())
+    try:
+        write_whole(folder / "results.csv", _csv(rows, names, figures).encode("utf-8-sig"))  # as spreadsheets want it
+    finally:  # a table that is open in a spreadsheet is no reason to have no page
+        write_whole(folder / "index.html", _page(folder, told, rows, names, figures).encode())
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """Jobs by state, in words."""
+    told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()) if state != "dropped")
+    dropped = counts.get("dropped", 0)
+    return told + (f"; {dropped} that the jobs file no longer has are left out" if dropped else "")
 
 
 def _csv(rows: list[Row], names: list[str], figures: list[str]) -> str:
@@ -85,16 +101,12 @@ def _rounded(value: Any) -> Any:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else value
 
 
-def _page(folder: Path, rows: list[Row], names: list[str], figures: list[str]) -> str:
-    states: dict[str, int] = {}
-    for row in rows:
-        states[row["state"]] = states.get(row["state"], 0) + 1
+def _page(folder: Path, told: str, rows: list[Row], names: list[str], figures: list[str]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in (*names, "state", "seconds", *figures, "outputs"))
     body = "\n".join(_line(folder, row, names, figures) for row in rows)
-    summary = html.escape(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.name)}</title>'
-        f"<style>{STYLE}</style><p>{summary}</p>\n<table><tr>{head}</tr>\n{body}\n</table></html>\n"
+        f"<style>{STYLE}</style><p>{html.escape(told)}</p>\n<table><tr>{head}</tr>\n{body}\n</table></html>\n"
     )
 
 

@@ -1,6 +1,7 @@
 """A small server that answers as ComfyUI does to a batch: its "nodes" write a text of what they were given.
 
-As a program, `fake_comfy.py PORT [SECONDS]`, which a job takes. A text "bad" makes a node fail, "refused" is not taken.
+As a program, `fake_comfy.py PORT [SECONDS]`, which a job takes. A text that begins with "bad" makes a node fail,
+"refused" is not taken.
 """
 
 import asyncio
@@ -30,7 +31,8 @@ INFO = {
                 "text": ["TEXT"],
                 "seed": ["INT", {"min": 0, "max": 99, "control_after_generate": True}],
                 "kind": ["COMBO", {"options": ["plain", "other"]}],
-            }
+            },
+            "optional": {"cfg": ["FLOAT", {}], "exact": ["BOOLEAN", {}]},
         },
         "display_name": "Sample",
     },
@@ -51,7 +53,7 @@ class Fake:
             identity, prompt, client = self.queue[0]
             event, output = "execution_success", {}
             for number, node in prompt.items():
-                if node["class_type"] == "Prompt" and node["inputs"]["text"] == "bad":
+                if node["class_type"] == "Prompt" and node["inputs"]["text"].startswith("bad"):
                     event = "execution_error"
                 if node["class_type"] == "Sample":
                     given = [{**other["inputs"]} for other in prompt.values()]
@@ -67,7 +69,7 @@ class Fake:
                 if identity in self.stopped:
                     event = "execution_interrupted"
                     break
-            data = {"prompt_id": identity, "node_type": "Prompt", "exception_message": "it is bad"}
+            data = {"prompt_id": identity, "node_type": "Prompt", "exception_message": f"it is {texts_of(prompt)[0]}"}
             self.history[identity] = {"outputs": output, "status": {"messages": [[event, data]]}}
             self.queue.pop(0)
             await self.tell(client, event, data)
@@ -79,8 +81,7 @@ class Fake:
 
     async def prompt(self, request):
         asked = await request.json()
-        texts = [node["inputs"].get("text") for node in asked["prompt"].values()]
-        if "refused" in texts:
+        if "refused" in texts_of(asked["prompt"]):
             return web.json_response({"error": {"message": "not taken"}, "node_errors": {}}, status=400)
         identity = uuid.uuid4().hex
         self.queue.append((identity, asked["prompt"], asked["client_id"]))
@@ -135,6 +136,10 @@ class Fake:
 
         app.on_startup.append(begin)
         return app
+
+
+def texts_of(prompt):
+    return [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "Prompt"]
 
 
 async def answer(value):
