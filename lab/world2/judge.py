@@ -23,7 +23,8 @@ from .world import Actor, Scene, draw, gait
 
 LEAST_IOU = 0.6  # of a whole object's outline with the drawn one's
 MOST_OTHERS = 0.04  # pixels of other figures, as a part of the object's
-LARGEST_ISLAND = 0.04  # pixels of another place, connected, as a part of the picture's
+LARGEST_ISLAND = 0.02  # pixels of another place, connected, as a part of the picture's
+SPECK = 0.04  # pixels of a figure, connected, as a part of all of its, that count for its outline
 # IoU of a still object's outline with the nearest that the figure may have: what 98 of 100 drawn pictures of it reach,
 # as the autoencoder passes them. Slender figures lose the most. It tells two turtles from one, not one with two heads.
 LEAST_SHAPE = {
@@ -142,7 +143,7 @@ def fitted(mask: Tensor) -> Tensor:
     """A mask [h, w], moved and scaled so that it just fills a square, bool [FITTED, FITTED]; islands are left out."""
     numbers, count = label(mask.numpy())
     sizes = np.bincount(numbers.ravel(), minlength=count + 1)
-    kept = torch.from_numpy((sizes[numbers] > LARGEST_ISLAND * mask.sum().item()) & mask.numpy())
+    kept = torch.from_numpy((sizes[numbers] > SPECK * mask.sum().item()) & mask.numpy())
     rows, columns = (kept.any(axis).nonzero()[:, 0] for axis in (1, 0))
     if not len(rows):
         return torch.zeros(FITTED, FITTED, dtype=torch.bool)
