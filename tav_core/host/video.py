@@ -299,6 +299,9 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
             "a ControlNet gives every context window the pictures of the first one. Remove the context windows node, "
             "and set window in Inflate UNet instead."
         )
+    for name, conditioning in guider.conds.items():
+        for prompt in conditioning or ():
+            check_options(name, prompt, frames)
     refuse_merged_tunes(guider.model_patcher)
     others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
@@ -330,6 +333,24 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
             f"node answers in its place; {_on_it(others)}."
         )
     return out
+
+
+def check_options(name: str, options: Mapping[str, Any], frames: int) -> None:
+    """Whether what a prompt carries beside its text has a part for each frame, or one for all.
+
+    Args:
+        options: of one entry of a CONDITIONING.
+    Raises ValueError saying what it is that has not: the host would share it out over the frames, without a word.
+    """
+    control = options.get("control")
+    while control is not None:
+        hints = getattr(control, "cond_hint_original", None)
+        if isinstance(hints, Tensor) and len(hints) not in (1, frames):
+            raise ValueError(
+                f"{name} has a ControlNet with {len(hints)} pictures, the clip has {frames} frames: one picture is "
+                f"needed for the whole clip, or {frames}, one a frame."
+            )
+        control = getattr(control, "previous_controlnet", None)
 
 
 def _on_it(others: str) -> str:
