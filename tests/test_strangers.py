@@ -399,6 +399,27 @@ def test_a_mask_of_other_frames_is_refused(tuned, prompts, right_half):
         editing.invert(tuned, CLIP | {"noise_mask": right_half[:4]}, prompts[0], 3)
 
 
+@pytest.mark.parametrize("count, size, message", [
+    (4, (128, 128), "mask has 4 frames, the clip has 6"),
+    (12, (128, 128), "mask has 12 frames, the clip has 6"),
+    (6, (64, 128), "mask is 128 x 64, another shape"),
+])  # fmt: skip
+def test_a_prompts_mask_is_one_a_frame_or_one(core, tuned, prompts, count, size, message):
+    """Of twelve for six frames the host takes the first six; four are an error of torch's."""
+
+    def masked(shape):
+        return core["ConditioningSetMask"]().append(prompts[1], torch.rand(shape), "default", 1.0)[0]
+
+    spoilt = prompts[0], prompts[1] + masked((count, *size))
+    for sample in (edit, partial(core_sampling, core)):
+        with pytest.raises(ValueError, match=f"positive's {message}"):
+            sample(tuned, spoilt)
+        for shape in ((128, 128), (1, 128, 128), (6, 64, 64)):
+            assert torch.isfinite(sample(tuned, (prompts[0], prompts[1] + masked(shape)))).all()
+    with pytest.raises(ValueError, match=f"prompt's {message}"), torch.inference_mode():
+        editing.invert(tuned, CLIP, spoilt[1], 2)
+
+
 # --- where sampling starts (W9) ---
 
 

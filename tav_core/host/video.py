@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from ..method.windows import WHOLE, Windows, blended
 from .build import heads_of
 from .comfyui import (
     KEY,
+    LATENT_PIXELS,
     UNET,
     ModelPatcher,
     UNetModel,
@@ -301,7 +302,7 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         )
     for name, conditioning in guider.conds.items():
         for prompt in conditioning or ():
-            check_options(name, prompt, frames)
+            check_options(name, prompt, frames, noise.shape[2:])
     refuse_merged_tunes(guider.model_patcher)
     others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
@@ -335,13 +336,15 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     return out
 
 
-def check_options(name: str, options: Mapping[str, Any], frames: int) -> None:
+def check_options(name: str, options: Mapping[str, Any], frames: int, sides: Sequence[int]) -> None:
     """Whether what a prompt carries beside its text has a part for each frame, or one for all.
 
     Args:
         options: of one entry of a CONDITIONING.
+        sides: height and width of the clip's latents.
     Raises ValueError saying what it is that has not: the host would share it out over the frames, without a word.
     """
+    check_mask(f"{name}'s", options.get("mask"), frames, sides)
     control = options.get("control")
     while control is not None:
         hints = getattr(control, "cond_hint_original", None)
@@ -351,6 +354,27 @@ def check_options(name: str, options: Mapping[str, Any], frames: int) -> None:
                 f"needed for the whole clip, or {frames}, one a frame."
             )
         control = getattr(control, "previous_controlnet", None)
+
+
+def check_mask(whose: str, mask: Tensor | None, frames: int, sides: Sequence[int]) -> None:
+    """Whether a mask is of the clip's shape, and has a part for each frame, or one for all.
+
+    Raises ValueError: the host would repeat too few masks, drop too many, and stretch those of another shape, without a
+    word.
+    """
+    if mask is None:
+        return
+    (height, width), (tall, wide) = mask.shape[-2:], sides
+    if abs(height * wide - width * tall) >= max(height, width):  # by a latent or more, were it as large as these
+        raise ValueError(
+            f"{whose} mask is {width} x {height}, another shape than the clip's {LATENT_PIXELS * wide} x "
+            f"{LATENT_PIXELS * tall}: it would be stretched. Crop or scale it as the clip was."
+        )
+    if mask.ndim > 2 and mask.shape[0] not in (1, frames):
+        raise ValueError(
+            f"{whose} mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole clip, "
+            f"or {frames}, one a frame."
+        )
 
 
 def _on_it(others: str) -> str:
