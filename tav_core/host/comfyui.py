@@ -237,10 +237,15 @@ def fingerprint(model: ModelPatcher) -> str:
 
 
 def _plain(entries: Any) -> tuple[Tensor, list[Any]]:
-    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind."""
+    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind.
+
+    Those that change nothing are left out: of no strength, where the weight's own is 1.
+    """
     (weight, convert), *patches = entries
     return convert(weight, inplace=False), [
-        (strength, _plain(value) if isinstance(value, list) else value, *more) for strength, value, *more in patches
+        (strength, _plain(value) if isinstance(value, list) else value, own, *more)
+        for strength, value, own, *more in patches
+        if strength or own != 1
     ]
 
 
