@@ -19,6 +19,7 @@ from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.pipeline import editing, library
 from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
 from tune_a_video.tav_core.store import files, weights
 from tune_a_video.tav_core.store.weights import TunedWeights, difference
 
@@ -163,6 +164,31 @@ def test_tuned_weights_are_not_applied_over_others(model, make_weights, motion):
         ApplyWeights.execute(tuned, second, 1.0, 1.0)
     # A tune of a tuned model belongs on that one.
     ApplyWeights.execute(tuned, make_weights(tuned), 1.0, 1.0)
+
+
+def test_a_tune_of_a_tuned_model_belongs_on_that_one_alone(inflated, model, clip, prompts, folder):
+    """Anywhere else the change of the queries that the first tune had made would be missing."""
+
+    def tune(model):
+        with torch.inference_mode():
+            return one_shot_tune(model, clip, prompts[1], Recipe(2, 1e-2), "fp32", "all", lambda _step: None)
+
+    first = tune(inflated)
+    tuned = apply_weights(inflated, first)
+    second = tune(tuned)
+    assert (first.base_tuned, second.base_tuned) == (False, True)
+    name = SaveWeights.execute(second, "w", "fp32").result[0]
+    loaded = LoadWeights.execute(name).result[0]
+    assert loaded.base_tuned
+    other = apply_weights(inflated, first, content=0.5)
+    for learned in (second, loaded):
+        for base in (model, inflated, other):
+            with pytest.raises(ValueError, match="were tuned on a MODEL that was tuned already.*Apply the weights of"):
+                ApplyWeights.execute(base, learned, 1.0, 1.0)
+        with pytest.raises(ValueError, match="were tuned on a MODEL that was tuned already"):
+            ExportPublished.execute(model, learned, "published")
+        again = ApplyWeights.execute(*ApplyWeights.execute(model, first, 1.0, 1.0).result, learned, 1.0, 1.0).result[0]
+        assert host.fingerprint(again) == host.fingerprint(apply_weights(tuned, second))
 
 
 def test_motion_that_another_motion_replaces_is_told(model, make_weights, caplog):

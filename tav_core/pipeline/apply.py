@@ -63,7 +63,8 @@ def apply_weights(
 def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
     """Whether weights may be applied to a model; another base of the same family is only noted in the log.
 
-    Raises ValueError for another family, naming both, and for a model that carries other tuned weights.
+    Raises ValueError for another family, naming both, for a model that carries other tuned weights, and for any other
+    model where the weights were tuned on a tuned one.
     """
     family = host.family_of(model)
     if weights.base_family not in ("", family):
@@ -77,6 +78,12 @@ def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
         if tuned:  # a tune of this very MODEL, or, where the other's content is 0, one of the MODEL before it
             log.warning("Tune-A-Video: these weights replace the motion of the tuned weights that this MODEL had")
         return
+    if weights.base_tuned:
+        raise ValueError(
+            "these weights were tuned on a MODEL that was tuned already, and this is another one: what its image "
+            "layers had learned would be missing. Apply the weights of that first tune to this MODEL first, at the "
+            "strengths that they had, and these after them."
+        )
     if tuned:
         raise ValueError(
             "this MODEL has other tuned weights already: connect the MODEL from before One-Shot Tune or Apply Weights."

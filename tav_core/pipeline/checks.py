@@ -71,7 +71,7 @@ def check_inputs(
     if inflation.frames not in (None, frames):
         raise ValueError(
             f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
-            "it was tuned on, or tune on this one."
+            "it was tuned on, or tune the MODEL of Inflate UNet on this one."
         )
     for name, conditioning in prompts.items():
         _check_conditioning(name, conditioning, video, samples)

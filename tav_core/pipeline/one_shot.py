@@ -458,6 +458,7 @@ def _result(
         layers=layers,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
+        base_tuned=video.inflation.tuned,
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
         recipe=recipe,
     )
