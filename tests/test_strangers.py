@@ -13,6 +13,7 @@ import torch
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.attention import SparseCausal
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 
@@ -306,6 +307,20 @@ def test_caches_take_no_part_in_an_inversion(core, tuned, prompts, name):
         assert torch.equal(*(latent["samples"] for latent in inverted))
         video = editing.sample_video(cached, inverted[1], prompts[1], prompts[0], 12, 3.0)
     assert torch.isfinite(video["samples"]).all()
+
+
+@pytest.mark.parametrize("windows", [Windows(), Windows(4), Windows(5, 1)])
+def test_a_cache_is_of_the_whole_clip_wherever_it_is_put(core, model, make_weights, prompts, windows):
+    """EasyCache keeps the UNet's last change: of one window, it would be added to another's frames."""
+    weights = make_weights(model, frames=6)
+    plain = apply_weights(model, weights, windows=windows)
+    cache = partial(patched, core, "EasyCache")
+    before = apply_weights(cache(model, 3.0, 0.15, 0.95, False), weights, windows=windows)
+    wrapped = [list(kind) for kind in plain.wrappers.values()]
+    cached = [edit(m, prompts, 12) for m in (before, cache(plain, 3.0, 0.15, 0.95, False))]
+    assert torch.equal(*cached)
+    assert not torch.allclose(cached[0], edit(plain, prompts, 12), rtol=0.01), "it was used"
+    assert [list(kind) for kind in plain.wrappers.values()] == wrapped
 
 
 def test_nan_is_blamed_on_what_made_it(tuned, prompts):

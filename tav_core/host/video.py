@@ -312,6 +312,9 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         )
     options = guider.model_options.setdefault("transformer_options", {})  # the guider's own, for this run
     options[KEY] = frames, others
+    # Innermost, wherever other nodes stand: what they keep from call to call (EasyCache) is the clip's, not a window's.
+    wrapped = options["wrappers"][comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL]
+    wrapped[KEY] = wrapped.pop(KEY)
     calls = 0
 
     def check(block: Any, _args: Any) -> None:
