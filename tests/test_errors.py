@@ -156,6 +156,35 @@ def test_conditioning(tune, invert, sample, prompts, spoil, message):
         tune(caption=[*prompts[0], *prompts[1]])
 
 
+def test_prompts_that_are_not_active_at_all_noise_levels(core, invert, sample, prompts):
+    """The host predicts zeros there: an inversion or edit of garbage, without a word."""
+
+    def part(prompt, start, end):
+        return core["ConditioningSetTimestepRange"]().set_range(prompt, start, end)[0]
+
+    both = part(prompts[0], 0, 0.6) + part(prompts[1], 0.6, 1)
+    for start, end in ((0, 0.5), (0.5, 1), (0.2, 0.8)):
+        gap = part(prompts[0], start, end)
+        refused = pytest.raises(ValueError, match=r"is active at [1-4] of the 5 noise levels .*ConditioningSetTimestep")
+        for run in (lambda gap=gap: invert(prompt=gap), lambda gap=gap: sample(positive=gap)):
+            with refused:
+                run()
+        with pytest.raises(ValueError, match="negative is active at"):
+            sample(negative=gap)
+    late = part(prompts[0], 0.5, 1)
+    early = part(prompts[0], 0, 0.5)
+    goes_on = pytest.raises(AssertionError, match="work began")
+    for run in (
+        lambda: invert(prompt=both),
+        lambda: invert(prompt=prompts[0] + late),
+        lambda: sample(positive=both, negative=part(prompts[0], 0, 1)),
+        lambda: sample(negative=late, cfg=1.0),  # the host does not ask for it
+        lambda: sample(negative=early, cfg_until=0.4),
+    ):
+        with goes_on:
+            run()
+
+
 def test_frames_of_model_and_latents_disagree(tune, invert, sample, inflated, clip):
     on_three = host.with_inflation(inflated, host.Inflation(host.inflation_of(inflated).temporal, "video", 3))
     for run in (tune, invert, sample):

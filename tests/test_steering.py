@@ -115,6 +115,14 @@ def test_structure_of_the_clip_itself_changes_nothing(inflated, clip, prompts):
     assert not torch.allclose(*other, rtol=1e-2)
 
 
+def test_structure_of_a_source_prompt_that_has_a_gap_is_refused(core, edit, start, prompts):
+    """That no features were found is no cache's doing then."""
+    late = core["ConditioningSetTimestepRange"]().set_range(prompts[0], 0.5, 1)[0]
+    changed = start | {host.KEY: {**start[host.KEY], "prompt": late}}
+    with pytest.raises(ValueError, match="DDIM Invert's prompt is active at 0 of the 2 noise levels"):
+        edit(latent=changed, structure=0.4)
+
+
 def test_structure_of_the_clip_itself_changes_nothing_in_windows(model, prompts):
     clip = {"samples": torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 5}
     video = host.inflate(model, "video", Windows(4, 1))

@@ -443,6 +443,26 @@ def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGui
     return guider
 
 
+def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> None:
+    """Whether a prompt says something at all of these noise levels; where it does not, the host predicts zeros.
+
+    Raises ValueError when none of its entries is active at one of them, by the timestep ranges that they carry.
+    """
+    sampling = sampling_of(model)
+    active = torch.zeros(len(sigmas), dtype=torch.bool)
+    for _text, options in prompt:
+        starts, ends = ([options.get(f"{of}{at}_percent") for of in ("", "clip_")] for at in ("start", "end"))
+        start = max([0.0, *(percent for percent in starts if percent is not None)])
+        end = min([1.0, *(percent for percent in ends if percent is not None)])
+        active |= (sigmas <= sampling.percent_to_sigma(start)) & (sigmas >= sampling.percent_to_sigma(end))
+    if not active.all():
+        raise ValueError(
+            f"{name} is active at {int(active.sum())} of the {len(active)} noise levels that need it, by a timestep "
+            "range (ConditioningSetTimestepRange): at the others the model would be told nothing. Let it, or another "
+            "prompt combined with it, reach from 0 to 1."
+        )
+
+
 def run_sampler(
     guider: comfy.samplers.CFGGuider,
     samples: Tensor,

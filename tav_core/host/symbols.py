@@ -47,7 +47,7 @@ NEEDS = {
         "comfy.samplers": "calc_cond_batch(model, conds, x_in, timestep, model_options)",
         "comfy.sampler_helpers": "prepare_mask(noise_mask, shape, device)",
         "comfy.samplers:KSAMPLER": "__init__(sampler_function)",
-        "comfy.model_sampling:ModelSamplingDiscrete": "sigma_max",
+        "comfy.model_sampling:ModelSamplingDiscrete": "sigma_max percent_to_sigma(percent)",
         "comfy.model_sampling:EPS": "noise_scaling(sigma, noise, latent_image, max_denoise)",
         "comfy.model_base:BaseModel": "process_latent_in(latent) process_latent_out(latent)",
         "comfy.model_management": "load_models_gpu(models) intermediate_device() "

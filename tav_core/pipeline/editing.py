@@ -39,6 +39,7 @@ def invert(
     """
     video, samples = check_inputs(model, latent, prompt=prompt)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
+    host.check_active("prompt", model, prompt, sigmas[1:])  # both methods ask at the higher level of each step
     show = callback or host.preview_callback(model, steps)
     levels: list[Tensor] = []
 
@@ -101,18 +102,26 @@ def _guider(
     steering: guidance.Steering,
     sigmas: Tensor,
 ) -> Any:
-    """What guides an edit: the host's own guider, unless guidance changes or the source takes part."""
-    if steering.cfg_until == 1 and not steering.structure:
-        return host.guided(video.patcher, positive, negative, cfg)
+    """What guides an edit: the host's own guider, unless guidance changes or the source takes part.
+
+    Raises ValueError where a prompt is not active at a noise level at which it counts.
+    """
     switch, apart = (guidance.until(sigmas, share) for share in (steering.cfg_until, steering.structure))
 
     def cfg_at(sigma: float) -> float:
         return cfg if sigma > switch else steering.cfg_end
 
+    levels = sigmas[:-1]
+    host.check_active("positive", video.patcher, positive, levels)
+    guided = [not math.isclose(cfg_at(float(sigma)), 1) for sigma in levels]  # elsewhere the host does not ask for it
+    host.check_active("negative", video.patcher, negative, levels[torch.tensor(guided)])
+    if steering.cfg_until == 1 and not steering.structure:
+        return host.guided(video.patcher, positive, negative, cfg)
     source = None
     if steering.structure:
         made = inversion_of(latent)
         path = made["trajectory"]
+        host.check_active("DDIM Invert's prompt", video.patcher, made["prompt"], levels[levels > apart])
         source = guidance.Source(video.parts), made["prompt"], lambda sigma: path.at(sigma) if sigma > apart else None
     return host.steered(video.patcher, positive, negative, cfg_at, source)
 
