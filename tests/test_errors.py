@@ -1,5 +1,6 @@
 """Bad input: one message that says what is wrong and what to do, before any long work."""
 
+import comfy.hooks
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.model_base
 import comfy.supported_models
@@ -182,6 +183,30 @@ def test_prompts_that_are_not_active_at_all_noise_levels(core, invert, sample, p
         lambda: sample(negative=early, cfg_until=0.4),
     ):
         with goes_on:
+            run()
+
+
+def test_hooks_that_change_on_the_way_are_refused_in_an_inversion(invert, sample, prompts):
+    """The host goes through keyframes as noise falls: as it rises, all levels have the last one's strength."""
+
+    def hooked(*strengths):
+        up, down = torch.ones(2, 32, 2)
+        name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+        lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down.T}
+        group, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 0.0), comfy.hooks.HookKeyframeGroup()
+        for i, strength in enumerate(strengths):
+            keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=i / len(strengths)))
+        group.set_keyframes_on_hooks(keyframes)
+        return comfy.hooks.set_conds_props([prompts[0]], 1.0, "default", hooks=group)[0]
+
+    with pytest.raises(ValueError, match="prompt has a hook whose strength changes .*Create Hook Keyframe"):
+        invert(prompt=hooked(1.0, 0.0))
+    for run in (
+        lambda: invert(prompt=hooked()),
+        lambda: invert(prompt=hooked(0.5)),
+        lambda: sample(positive=hooked(1.0, 0.0)),
+    ):
+        with pytest.raises(AssertionError, match="work began"):
             run()
 
 

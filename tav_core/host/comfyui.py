@@ -463,6 +463,21 @@ def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: T
         )
 
 
+def check_hooks(name: str, prompt: Conditioning) -> None:
+    """Whether the hooks on a prompt are as strong at all noise levels.
+
+    Raises ValueError where keyframes change that: the host goes through them as noise falls and never back, so an
+    inversion, in which it rises, would have the last one's strength throughout.
+    """
+    for _text, options in prompt:
+        for hook in getattr(options.get("hooks"), "hooks", ()):
+            if len({keyframe.strength for keyframe in hook.hook_keyframe.keyframes}) > 1:
+                raise ValueError(
+                    f"{name} has a hook whose strength changes on the way (Create Hook Keyframe), which an inversion "
+                    "cannot follow. Remove its keyframes here; Sample Video can have them."
+                )
+
+
 def run_sampler(
     guider: comfy.samplers.CFGGuider,
     samples: Tensor,

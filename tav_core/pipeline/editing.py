@@ -40,6 +40,7 @@ def invert(
     video, samples = check_inputs(model, latent, prompt=prompt)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
     host.check_active("prompt", model, prompt, sigmas[1:])  # both methods ask at the higher level of each step
+    host.check_hooks("prompt", prompt)
     show = callback or host.preview_callback(model, steps)
     levels: list[Tensor] = []
 
