@@ -224,6 +224,16 @@ def test_latents_that_are_not_noise_or_of_other_steps(sample, clip):
         sample(steps=6)
 
 
+def test_inverted_latents_are_no_clip(tune, invert, clip):
+    inverted = clip | {host.KEY: {"steps": 5, "clip": clip["samples"], "inverted": clip["samples"]}}
+    sampled = inverted | {"samples": clip["samples"] * 0.5}  # the host's samplers hand on how their latents were made
+    for run in (tune, invert):
+        with pytest.raises(ValueError, match="the noise that DDIM Invert made of a clip.*connect VAE Encode"):
+            run(latents=inverted)
+        with pytest.raises(AssertionError, match="work began"):
+            run(latents=sampled)
+
+
 @pytest.mark.parametrize("steps", [0, 501])
 def test_steps_out_of_range(invert, sample, clip, steps):
     for run in (invert, sample):

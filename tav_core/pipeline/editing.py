@@ -38,6 +38,7 @@ def invert(
         method: one of METHODS.
     """
     video, samples = check_inputs(model, latent, prompt=prompt)
+    refuse_inverted(latent)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
     host.check_active("prompt", model, prompt, sigmas[1:])  # both methods ask at the higher level of each step
     host.check_hooks("prompt", prompt)
@@ -139,6 +140,15 @@ def inversion_of(latent: Mapping[str, Any]) -> Mapping[str, Any]:
             "Connect inverted of DDIM Invert."
         )
     return made
+
+
+def refuse_inverted(latent: Mapping[str, Any]) -> None:
+    """Raises ValueError for an inverted LATENT, which is noise, where a clip is wanted."""
+    if host.KEY in latent and not _changed(latent):
+        raise ValueError(
+            "these latents are the noise that DDIM Invert made of a clip, and the clip itself is needed: connect VAE "
+            "Encode."
+        )
 
 
 def _changed(latent: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from ..store.digest import digest
 from ..store.weights import TunedWeights, difference
 from .apply import apply_weights
 from .checks import check_caption, check_inputs
-from .editing import invert, sample_video
+from .editing import invert, refuse_inverted, sample_video
 from .network import TrainingUNet, estimate_step
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def one_shot_tune(
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
     video, samples = check_inputs(model, latent, min_frames=2, uncut="", **prompts)
+    refuse_inverted(latent)
     check_caption(caption, sizes=video.vector_width > 0)
     if memory not in (*MEMORY, *RECOMPUTE):
         raise ValueError(f"memory is {memory[:20]!r}; it must be one of {', '.join(MEMORY)}.")
