@@ -398,6 +398,11 @@ def test_a_tune_in_windows_is_resumed_to_the_bit(tune, tmp_path):
     tune(Windows(6, 2), saving=saving, told=told)
     tune(WHOLE, saving=saving, told=told)
     assert told == [], "other windows are other tunes"
+    again = tune(Windows(CUT.frames, CUT.overlap - 1), saving=saving, told=told)
+    assert told == ["reused: all 4 steps were saved"], "a tune does not use the overlap"
+    assert again.windows == Windows(CUT.frames, CUT.overlap - 1)
+    other = tune(again.windows)
+    assert all(torch.equal(other.temporal[name], plain.temporal[name]) for name in plain.temporal)
 
 
 def test_a_window_longer_than_the_clip_is_said(tune):

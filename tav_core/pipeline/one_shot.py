@@ -78,6 +78,7 @@ class Validation:
 
 VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
 VALIDATION_CFG = 12.5
+OVERLAP = 4  # of Inflate UNet, by default
 
 
 def runs_folder() -> Path:
@@ -408,6 +409,9 @@ def _run_key(
     What is recomputed is left out: the result is the same.
     """
     windows, attends, layers = video.inflation.windows, video.inflation.attends, video.inflation.layers
+    # A tune's windows do not overlap as a clip's do (`Windows.for_tuning`). It was in the key once, and stands there as
+    # what it is by default: so states of then stay found.
+    cut = {"frames": windows.frames, "overlap": OVERLAP}
     return digest(
         {
             **({} if attends == PAPERS else {"attends": attends}),  # states saved before there was a choice stay found
@@ -425,7 +429,7 @@ def _run_key(
             "prediction_type": video.prediction_type,
             "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
             "precision": precision,
-            **({"windows": asdict(windows)} if windows.cuts(len(latents)) else {}),
+            **({"windows": cut} if windows.cuts(len(latents)) else {}),
         }
     )
 
