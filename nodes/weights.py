@@ -128,7 +128,10 @@ class ApplyWeights(io.ComfyNode):
                     min=-1,
                     max=10_000,
                     optional=True,
-                    tooltip="Frames that are computed at once, as in Inflate UNet. -1 as tuned, 0 the whole clip.",
+                    tooltip=(
+                        "Frames that are computed at once, as in Inflate UNet. -1 as set before or tuned, 0 the whole "
+                        "clip."
+                    ),
                 ),
                 advanced(
                     io.Int,

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tune_a_video.nodes import ApplyWeights, ExportPublished, InflateUNet, LoadWeights, OneShotTune, SaveWeights, graph
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.attention import PAPERS
 from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing, library
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
@@ -164,6 +166,30 @@ def test_tuned_weights_are_not_applied_over_others(model, make_weights, motion):
         ApplyWeights.execute(tuned, second, 1.0, 1.0)
     # A tune of a tuned model belongs on that one.
     ApplyWeights.execute(tuned, make_weights(tuned), 1.0, 1.0)
+
+
+def test_what_was_set_before_the_weights(model, make_weights, caplog):
+    """The window stays, which is a matter of memory; what else was tuned differently gives way, and that is told."""
+    weights = make_weights(model, windows=Windows(6, 2))
+
+    def applied(base, **inputs):
+        caplog.clear()
+        return host.inflation_of(ApplyWeights.execute(base, weights, 1.0, 1.0, **inputs).result[0])
+
+    other = host.inflate(model, "per_frame", Windows(4, 1), "all", "light")
+    kept = applied(other)
+    assert (kept.windows, kept.group_norm, kept.attends, kept.layers) == (Windows(4, 1), "video", PAPERS, "paper")
+    told = [record.message.removeprefix("Tune-A-Video: ") for record in caplog.records]
+    tuned = "as these weights were tuned, not"
+    assert told[-3:] == [
+        f"group_norm is video, {tuned} per_frame as set before",
+        f"attends is {PAPERS}, {tuned} all as set before",
+        f"layers is paper, {tuned} light as set before",
+    ]
+    assert applied(other, window=0).windows.frames == 0
+    assert applied(other, window=5, overlap=1).windows == Windows(5, 1)
+    assert applied(host.inflate(model, "video")).windows == weights.windows and "set before" not in caplog.text
+    assert applied(model).windows == weights.windows
 
 
 def test_a_tune_of_a_tuned_model_belongs_on_that_one_alone(inflated, model, clip, prompts, folder):

@@ -26,7 +26,8 @@ def apply_weights(
     Args:
         motion: strength of the temporal attention.
         content: strength of the change in the queries.
-        windows: None cuts the clip as it was cut for tuning.
+        windows: None cuts the clip as a `model` that is inflated cuts it, or, where that does not, as it was cut for
+            tuning. All else of its inflation gives way to the weights'.
 
     Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
@@ -52,12 +53,23 @@ def apply_weights(
     for layer in temporal.layers:
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
+    before = model.attachments.get(host.KEY)
+    if before is not None:
+        _tell_what_gives_way(before, weights)
+        windows = windows or (before.windows if before.windows.frames else None)
     cut = weights.windows if windows is None else windows
     inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends, weights.layers, True)
     tuned = host.with_inflation(model, inflation)
     add = host.add_tune if weights.layers == PAPER else host.add_low_rank_tune
     add(tuned, weights.queries, content)
     return tuned
+
+
+def _tell_what_gives_way(inflation: host.Inflation, weights: TunedWeights) -> None:
+    for name in ("group_norm", "attends", "layers"):
+        wanted, own = getattr(inflation, name), getattr(weights, name)
+        if wanted != own:
+            log.warning("Tune-A-Video: %s is %s, as these weights were tuned, not %s as set before", name, own, wanted)
 
 
 def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
