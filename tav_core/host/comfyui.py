@@ -377,6 +377,11 @@ def stop_if_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is the host's own exception for Cancel."""
+    return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 

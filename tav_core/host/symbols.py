@@ -58,7 +58,8 @@ NEEDS = {
     "tuning": {
         f"{OPENAI}:UNetModel": "__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, dtype, "
         "device, operations)",
-        "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device)",
+        "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device) "
+        "InterruptProcessingException",
         "comfy.utils:ProgressBar": "__init__(total) update_absolute(value, total, preview)",
         "comfy.sampler_helpers": "convert_cond(cond)",
         "comfy.samplers": "encode_model_conds(model_function, conds, noise, device, prompt_type)",

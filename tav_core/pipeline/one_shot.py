@@ -340,6 +340,11 @@ class _Tune:
                 pictures = _sample_edit(self.video.patcher, self.latent, result, validation)
         except ValueError as error:  # what sampling refuses, of other nodes on the MODEL
             why = str(error)
+        except Exception as error:  # of any kind, in another node's code: the tune would end there at every resume
+            if host.is_interrupt(error):
+                raise
+            log.warning("Tune-A-Video: the preview failed", exc_info=True)
+            why = f"{type(error).__name__}: {error}"
         host.unload(self.video.device)
         if pictures is None:
             self.validation = None
