@@ -249,6 +249,15 @@ def _plain(entries: Any) -> tuple[Tensor, list[Any]]:
     ]
 
 
+def changed_on_the_way(model: ModelPatcher) -> list[str]:
+    """Names of the UNet's weights that other nodes change, as LoRAs do; a merge counts as the checkpoint that it is."""
+    return [
+        key.removeprefix(UNET)
+        for key, patches in model.patches.items()
+        if key.startswith(UNET) and any(not isinstance(patch[1], list) for patch in patches)
+    ]
+
+
 def load(model: ModelPatcher) -> None:
     """Have the host bring a model and what belongs to it onto its device."""
     comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
