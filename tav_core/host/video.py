@@ -302,7 +302,7 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         )
     for name, conditioning in guider.conds.items():
         for prompt in conditioning or ():
-            check_options(name, prompt, frames, noise.shape[2:])
+            check_options(name, prompt, frames, noise.shape[2:], inflation.windows)
     refuse_merged_tunes(guider.model_patcher)
     others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
@@ -339,14 +339,23 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     return out
 
 
-def check_options(name: str, options: Mapping[str, Any], frames: int, sides: Sequence[int]) -> None:
+def check_options(
+    name: str, options: Mapping[str, Any], frames: int, sides: Sequence[int], windows: Windows = WHOLE
+) -> None:
     """Whether what a prompt carries beside its text has a part for each frame, or one for all.
 
     Args:
         options: of one entry of a CONDITIONING.
         sides: height and width of the clip's latents.
-    Raises ValueError saying what it is that has not: the host would share it out over the frames, without a word.
+        windows: how the clip is cut.
+    Raises ValueError saying what it is that has not: the host would share it out over the frames, without a word. So
+    for GLIGEN's boxes, which the host makes for whole clips, where windows cut this one.
     """
+    if "gligen" in options and windows.cuts(frames):
+        raise ValueError(
+            f"{name} has GLIGEN's text boxes, which cannot be cut into windows. Remove them, or set window to 0 in "
+            "Inflate UNet (or Apply Weights)."
+        )
     check_mask(f"{name}'s", options.get("mask"), frames, sides)
     control = options.get("control")
     while control is not None:

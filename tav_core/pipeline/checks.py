@@ -97,7 +97,7 @@ def _check_conditioning(name: str, conditioning: host.Conditioning, video: host.
             raise ValueError(
                 f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
             )
-        host.check_options(name, entry[1], frames, samples.shape[2:])
+        host.check_options(name, entry[1], frames, samples.shape[2:], video.inflation.windows)
         if video.vector_width:
             _check_vector(name, entry, video, samples)
 
