@@ -457,18 +457,24 @@ def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGui
     return guider
 
 
-def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> None:
-    """Whether a prompt says something at all of these noise levels; where it does not, the host predicts zeros.
-
-    Raises ValueError when none of its entries is active at one of them, by the timestep ranges that they carry.
-    """
+def active_at(model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> Tensor:
+    """Which of a prompt's entries are active at which noise levels, by the timestep ranges they carry, [entries, n]."""
     sampling = sampling_of(model)
-    active = torch.zeros(len(sigmas), dtype=torch.bool)
+    active = []
     for _text, options in prompt:
         starts, ends = ([options.get(f"{of}{at}_percent") for of in ("", "clip_")] for at in ("start", "end"))
         start = max([0.0, *(percent for percent in starts if percent is not None)])
         end = min([1.0, *(percent for percent in ends if percent is not None)])
-        active |= (sigmas <= sampling.percent_to_sigma(start)) & (sigmas >= sampling.percent_to_sigma(end))
+        active.append((sigmas <= sampling.percent_to_sigma(start)) & (sigmas >= sampling.percent_to_sigma(end)))
+    return torch.stack(active)
+
+
+def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> None:
+    """Whether a prompt says something at all of these noise levels; where it does not, the host predicts zeros.
+
+    Raises ValueError when none of its entries is active at one of them.
+    """
+    active = active_at(model, prompt, sigmas).any(0)
     if not active.all():
         raise ValueError(
             f"{name} is active at {int(active.sum())} of the {len(active)} noise levels that need it, by a timestep "

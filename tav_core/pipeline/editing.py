@@ -123,9 +123,33 @@ def _guider(
     if steering.structure:
         made = inversion_of(latent)
         path = made["trajectory"]
-        host.check_active("DDIM Invert's prompt", video.patcher, made["prompt"], levels[levels > apart])
+        prompts = {"positive": positive, "negative": negative, "DDIM Invert's prompt": made["prompt"]}
+        _check_shared(video.patcher, "DDIM Invert's prompt", prompts, levels[levels > apart])
         source = guidance.Source(video.parts), made["prompt"], lambda sigma: path.at(sigma) if sigma > apart else None
     return host.steered(video.patcher, positive, negative, cfg_at, source)
+
+
+def _check_shared(model: host.ModelPatcher, source: str, prompts: Mapping[str, host.Conditioning], levels: Tensor):
+    """Whether the features of the `source` prompt are of the same places as all prompts' of the edit.
+
+    Raises ValueError where they are not at one of these noise levels. That their shapes may fit says nothing: how the
+    host puts prompts together is a matter of its free memory.
+    """
+    host.check_active(source, model, prompts[source], levels)
+    together = host.active_at(model, prompts[source], levels).sum(0)
+    if (together > 1).any():
+        raise ValueError(
+            f"{source} combines {int(together.max())} prompts, and structure shares the features of one. Combine none "
+            "in DDIM Invert, or set structure to 0."
+        )
+    for name, prompt in prompts.items():
+        active = host.active_at(model, prompt, levels).any(1)
+        for (_text, options), counts in zip(prompt, active, strict=True):
+            if counts and ("area" in options or options.get("set_area_to_bounds")):
+                raise ValueError(
+                    f"{name} has an area (ConditioningSetArea, or mask bounds), and structure shares features of whole "
+                    "pictures. Remove the area, or take a mask with set_cond_area default, or set structure to 0."
+                )
 
 
 def inversion_of(latent: Mapping[str, Any]) -> Mapping[str, Any]:
