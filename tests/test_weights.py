@@ -1,9 +1,11 @@
 """Weights as a file: saved, described, loaded, applied."""
 
+import asyncio
 import json
 import logging
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.utils
 import folder_paths
@@ -11,10 +13,20 @@ import pytest
 import torch
 from comfy_api.latest._io import Hidden, HiddenHolder
 from equal import same_weights
+from execution import IsChangedCache
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tune_a_video.nodes import ApplyWeights, ExportPublished, InflateUNet, LoadWeights, OneShotTune, SaveWeights, graph
+from tune_a_video.nodes import (
+    ApplyWeights,
+    ExportPublished,
+    InflateUNet,
+    LoadPublished,
+    LoadWeights,
+    OneShotTune,
+    SaveWeights,
+    graph,
+)
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method.attention import PAPERS
 from tune_a_video.tav_core.method.tuning import Recipe
@@ -407,6 +419,16 @@ def test_a_changed_file_is_read_again(file, make_weights, model):
     assert LoadWeights.validate_inputs(file.name) is True
     assert LoadWeights.validate_inputs(None) is True
     assert "there is no 'other.safetensors'" in str(LoadWeights.validate_inputs("other.safetensors"))
+
+
+@pytest.mark.parametrize("kind, inputs", [(LoadWeights, ["file"]), (LoadPublished, ["model", "published"])])
+def test_a_name_that_is_connected_is_no_reason_to_read_again(core, monkeypatch, kind, inputs):
+    """Of what another node makes the host gives None; an error counts as a change, at every run."""
+    node_id = kind.define_schema().node_id
+    monkeypatch.setitem(core, node_id, kind)
+    linked = {"1": node(node_id, **{name: ["0", 0] for name in inputs}), "0": node("TAVSaveWeights")}
+    cache = IsChangedCache("prompt", SimpleNamespace(get_node=linked.get), None)
+    assert asyncio.run(cache.get("1")) == [""]
 
 
 def test_a_full_disk_leaves_nothing_behind(make_weights, model, folder, monkeypatch):
