@@ -469,7 +469,7 @@ GRAPH = {
     "9": node("PrimitiveInt", value=4),
     "10": node("TAVPrepareClip", stride=["9", 0]),
     "11": node("TAVOneShotTune", latents=["10", 0], caption=["12", 0]),
-    "12": node("ConditioningZeroOut", conditioning=["8", 0]),
+    "12": node("ConditioningSetTimestepRange", conditioning=["8", 0], start=0.0, end=1.0),
     "13": node("TAVOneShotTune", latents=["4", 0], caption=["13", 1]),
     "14": node("TAVOneShotTune", latents="text", caption=["1", 2, 3]),
     "15": {"class_type": "Broken", "inputs": None},
