@@ -11,6 +11,7 @@ from typing import Any
 
 TEXTS = ("text", "string", "value", "prompt")  # what nodes that encode or hold a text call it
 MAX_CAPTION = 4096
+FORGETS = ("ConditioningZeroOut",)  # nodes that hand on nothing of the text
 CLIPS = ("TAVPrepareClip", "TAVLoadClip")
 # Nodes that hand frames on one for one, and the input by which those come.
 FRAMES = {
@@ -31,7 +32,9 @@ def caption_of(prompt: Any, node_id: Any) -> str:
     seen = set()
     while _is_link(link) and link[0] not in seen:
         seen.add(link[0])
-        inputs = _node(prompt, link[0])[1]
+        kind, inputs = _node(prompt, link[0])
+        if kind in FORGETS:
+            break
         texts = [value for name, value in inputs.items() if name in TEXTS and not _is_number(value)]
         others = [name for name, value in inputs.items() if name not in TEXTS and not _is_number(value)]
         if len(texts) == 1 and set(others) <= {"clip"}:
@@ -51,10 +54,9 @@ def stride_of(prompt: Any, node_id: Any) -> int | None:
         seen.add(link[0])
         kind, inputs = _node(prompt, link[0])
         if kind in CLIPS:
-            stride: Any = inputs.get("stride")
-            if _is_link(stride):
-                stride = _only(_node(prompt, stride[0])[1])
-            return stride if type(stride) is int and not _has_clip(prompt, inputs.get("frames")) else None
+            stride, fps = (_value(prompt, inputs.get(name, 0)) for name in ("stride", "resample_fps"))
+            known = type(stride) is int and stride and fps == 0  # at another rate it is not of the video's own frames
+            return stride if known and not _has_clip(prompt, inputs.get("frames")) else None
         link = inputs.get(FRAMES[kind]) if kind in FRAMES else None
     return None
 
@@ -76,6 +78,11 @@ def _text(prompt: Any, value: Any) -> str:
         else:
             todo.append(_only(inputs))
     return text
+
+
+def _value(prompt: Any, value: Any) -> Any:
+    """The value that an input gets, of its own or of a node that has but one; else None."""
+    return _only(_node(prompt, value[0])[1]) if _is_link(value) else value
 
 
 def _only(inputs: Mapping[str, Any]) -> Any:

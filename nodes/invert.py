@@ -43,7 +43,10 @@ class DDIMInvert(io.ComfyNode):
                 io.Latent.Output(
                     "inverted",
                     display_name="inverted",
-                    tooltip="The clip as noise, for Sample Video, or KSampler (Advanced) with add_noise disabled.",
+                    tooltip=(
+                        "The clip as noise, for Sample Video, or KSampler (Advanced) with add_noise disabled: "
+                        "scheduler ddim_uniform, sampler euler or ddim, the same steps."
+                    ),
                 ),
                 io.Noise.Output("noise", display_name="noise", tooltip="The same as NOISE, for SamplerCustomAdvanced."),
                 io.Sigmas.Output(

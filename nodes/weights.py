@@ -83,7 +83,7 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str:
-        return library.stamp(file)
+        return "" if file is None else library.stamp(file)  # None where another node makes the name
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
@@ -128,7 +128,10 @@ class ApplyWeights(io.ComfyNode):
                     min=-1,
                     max=10_000,
                     optional=True,
-                    tooltip="Frames that are computed at once, as in Inflate UNet. -1 as tuned, 0 the whole clip.",
+                    tooltip=(
+                        "Frames that are computed at once, as in Inflate UNet. -1 as set before or tuned, 0 the whole "
+                        "clip."
+                    ),
                 ),
                 advanced(
                     io.Int,

@@ -13,7 +13,7 @@ from tune_a_video.tav_core.method.guidance import Steering
 from tune_a_video.tav_core.method.tuning import Recipe
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
-from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
+from tune_a_video.tav_core.pipeline.one_shot import Validation, one_shot_tune
 from tune_a_video.tav_core.store import published
 
 BLOCK = "input_blocks_1_1_transformer_blocks_0"
@@ -69,8 +69,8 @@ def test_fingerprint_follows_what_is_computed(make_model, inflated, tuned):
     assert host.fingerprint(again) == prints[3], "another process gives the same"
 
 
-def test_controlnet_steers_the_video(core, tuned, clip, prompts):
-    _, model = tuned
+@pytest.fixture
+def control():
     of_unets_only = ("out_channels", "use_temporal_attention")
     config = {key: value for key, value in published.to_unet_config(TINY).items() if key not in of_unets_only}
     operations = comfy.ops.disable_weight_init
@@ -78,7 +78,12 @@ def test_controlnet_steers_the_video(core, tuned, clip, prompts):
     with torch.inference_mode():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-        control = comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+
+
+def test_controlnet_steers_the_video(core, tuned, control, clip, prompts):
+    _, model = tuned
+    with torch.inference_mode():
         hints = torch.rand(5, 64, 64, 3, generator=torch.Generator().manual_seed(2))
         inverted, _, _ = editing.invert(model, clip, prompts[0], 3)
 
@@ -95,6 +100,38 @@ def test_controlnet_steers_the_video(core, tuned, clip, prompts):
     assert not torch.allclose(*shared, rtol=0.1), "it still steers where structure is shared"
     assert not torch.allclose(steered, plain, rtol=0.1)
     assert not torch.allclose(steered, backwards, rtol=0.1), "every frame has its own hint"
+
+
+def test_a_controlnets_pictures_are_one_a_frame_or_one(core, inflated, tuned, control, clip, prompts):
+    """Of ten for five frames the host gives the negative prompt the first five and the positive one the others."""
+    _, model = tuned
+    pictures = torch.rand(10, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+
+    def steered(positive, negative, count):
+        node = core["ControlNetApplyAdvanced"]()
+        return node.apply_controlnet(positive, negative, control, pictures[:count], 1.0, 0.0, 1.0)
+
+    with torch.inference_mode():
+        inverted, _, _ = editing.invert(model, clip, prompts[0], 2)
+        for count in (1, 5):
+            positive, negative = steered(prompts[1], prompts[0], count)
+            editing.sample_video(model, inverted, positive, negative, 2, 3.0)
+        for count in (3, 9, 10):
+            positive, negative = steered(*steered(prompts[1], prompts[0], count), 5)  # the second of two
+            refused = pytest.raises(ValueError, match=f"positive has a ControlNet with {count} pictures.* 5 frames")
+            with refused:
+                editing.sample_video(model, inverted, positive, prompts[0], 2, 3.0)
+            with refused:
+                core["KSampler"]().sample(model, 7, 2, 3.0, "euler", "normal", positive, prompts[0], clip)
+            with pytest.raises(ValueError, match=f"prompt has a ControlNet with {count}"):
+                editing.invert(model, clip, negative, 2)
+            with pytest.raises(ValueError, match=f"validation_prompt has a ControlNet with {count}"):
+                validation = Validation(positive, None, 1, lambda *_args: None)
+                one_shot_tune(inflated, clip, prompts[1], Recipe(1), "fp32", "all", step_1, validation=validation)
+
+
+def step_1(_step):
+    raise AssertionError("it began")
 
 
 def test_core_saves_a_tuned_model_and_restores_the_base(inflated, tuned, unchanged, tmp_path):

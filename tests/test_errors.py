@@ -1,5 +1,6 @@
 """Bad input: one message that says what is wrong and what to do, before any long work."""
 
+import comfy.hooks
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.model_base
 import comfy.supported_models
@@ -156,6 +157,59 @@ def test_conditioning(tune, invert, sample, prompts, spoil, message):
         tune(caption=[*prompts[0], *prompts[1]])
 
 
+def test_prompts_that_are_not_active_at_all_noise_levels(core, invert, sample, prompts):
+    """The host predicts zeros there: an inversion or edit of garbage, without a word."""
+
+    def part(prompt, start, end):
+        return core["ConditioningSetTimestepRange"]().set_range(prompt, start, end)[0]
+
+    both = part(prompts[0], 0, 0.6) + part(prompts[1], 0.6, 1)
+    for start, end in ((0, 0.5), (0.5, 1), (0.2, 0.8)):
+        gap = part(prompts[0], start, end)
+        refused = pytest.raises(ValueError, match=r"is active at [1-4] of the 5 noise levels .*ConditioningSetTimestep")
+        for run in (lambda gap=gap: invert(prompt=gap), lambda gap=gap: sample(positive=gap)):
+            with refused:
+                run()
+        with pytest.raises(ValueError, match="negative is active at"):
+            sample(negative=gap)
+    late = part(prompts[0], 0.5, 1)
+    early = part(prompts[0], 0, 0.5)
+    goes_on = pytest.raises(AssertionError, match="work began")
+    for run in (
+        lambda: invert(prompt=both),
+        lambda: invert(prompt=prompts[0] + late),
+        lambda: sample(positive=both, negative=part(prompts[0], 0, 1)),
+        lambda: sample(negative=late, cfg=1.0),  # the host does not ask for it
+        lambda: sample(negative=early, cfg_until=0.4),
+    ):
+        with goes_on:
+            run()
+
+
+def test_hooks_that_change_on_the_way_are_refused_in_an_inversion(invert, sample, prompts):
+    """The host goes through keyframes as noise falls: as it rises, all levels have the last one's strength."""
+
+    def hooked(*strengths):
+        up, down = torch.ones(2, 32, 2)
+        name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+        lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down.T}
+        group, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 0.0), comfy.hooks.HookKeyframeGroup()
+        for i, strength in enumerate(strengths):
+            keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=i / len(strengths)))
+        group.set_keyframes_on_hooks(keyframes)
+        return comfy.hooks.set_conds_props([prompts[0]], 1.0, "default", hooks=group)[0]
+
+    with pytest.raises(ValueError, match="prompt has a hook whose strength changes .*Create Hook Keyframe"):
+        invert(prompt=hooked(1.0, 0.0))
+    for run in (
+        lambda: invert(prompt=hooked()),
+        lambda: invert(prompt=hooked(0.5)),
+        lambda: sample(positive=hooked(1.0, 0.0)),
+    ):
+        with pytest.raises(AssertionError, match="work began"):
+            run()
+
+
 def test_frames_of_model_and_latents_disagree(tune, invert, sample, inflated, clip):
     on_three = host.with_inflation(inflated, host.Inflation(host.inflation_of(inflated).temporal, "video", 3))
     for run in (tune, invert, sample):
@@ -168,6 +222,16 @@ def test_latents_that_are_not_noise_or_of_other_steps(sample, clip):
         sample(latents={"samples": clip["samples"]}, steps=50)
     with pytest.raises(ValueError, match="inverted in 5 steps, but steps is 6 here"):
         sample(steps=6)
+
+
+def test_inverted_latents_are_no_clip(tune, invert, clip):
+    inverted = clip | {host.KEY: {"steps": 5, "clip": clip["samples"], "inverted": clip["samples"]}}
+    sampled = inverted | {"samples": clip["samples"] * 0.5}  # the host's samplers hand on how their latents were made
+    for run in (tune, invert):
+        with pytest.raises(ValueError, match="the noise that DDIM Invert made of a clip.*connect VAE Encode"):
+            run(latents=inverted)
+        with pytest.raises(AssertionError, match="work began"):
+            run(latents=sampled)
 
 
 @pytest.mark.parametrize("steps", [0, 501])

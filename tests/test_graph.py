@@ -28,7 +28,7 @@ def joined(a, b, delimiter=" "):
         (encoded(["t", 0], t=joined("a red car", "on the beach")), "a red car on the beach"),
         (encoded(["t", 0], t=joined("a", ["u", 0], ", "), u=joined("b", "c", "")), "a, bc"),
         (encoded(["r", 0], r=node("Reroute", **{"": ["t", 0]}), t=node("PrimitiveString", value="a car")), "a car"),
-        (caption(c=node("ConditioningZeroOut", conditioning=["e", 0]), e=node("E", text="a car", **ENCODE)), "a car"),
+        (caption(c=node("Reroute", **{"": ["e", 0]}), e=node("E", text="a car", **ENCODE)), "a car"),
         (caption(c=node("SomethingSetTimes", conditioning=["e", 0], start=0.0), e=node("E", text="a", **ENCODE)), "a"),
     ],
 )
@@ -43,6 +43,7 @@ E = node("CLIPTextEncode", text="a red car", **ENCODE)
     "nodes",
     [
         {"c": node("ConditioningAverage", conditioning_to=["e", 0], conditioning_from=["e", 0])},
+        {"c": node("ConditioningZeroOut", conditioning=["e", 0])},
         {"c": node("ConditioningConcat", conditioning_to=["e", 0], conditioning_from=["x", 0])},
         {"c": node("GLIGENTextBoxApply", conditioning_to=["e", 0], text="a dog", **ENCODE)},
         {"c": node("AddWords", conditioning=["e", 0], words="on the beach")},
@@ -79,6 +80,8 @@ def test_the_stride(kind):
     assert stride(l=clip) == 3
     assert stride(l=node("VAEEncode", pixels=["i", 0], vae=["1", 2]), i=node("ImageScale", image=["p", 0]), p=clip) == 3
     assert stride(l=node(kind, stride=["n", 0]), n=node("PrimitiveInt", value=4)) == 4
+    assert stride(l=node(kind, stride=3, resample_fps=0.0)) == 3
+    assert stride(l=node(kind, stride=3, resample_fps=["n", 0]), n=node("PrimitiveFloat", value=0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,9 @@ def test_the_stride(kind):
         {"l": node("TAVPrepareClip", frames=["p", 0], stride=2), "p": CLIP},
         {"l": node("TAVPrepareClip", stride=["n", 0]), "n": node("Add", value=["a", 0], b=2)},
         {"l": node("TAVPrepareClip", stride=True)},
+        {"l": node("TAVLoadClip", stride=2, resample_fps=8.0)},
+        {"l": node("TAVLoadClip", stride=2, resample_fps=["n", 0]), "n": node("PrimitiveFloat", value=8.0)},
+        {"l": node("TAVLoadClip", stride=2, resample_fps=["n", 0]), "n": node("Add", value=["a", 0], b=2)},
         {"l": node("VAEEncode", pixels=["l", 0])},
     ],
 )

@@ -197,6 +197,13 @@ def test_latents_that_are_no_inversion_are_refused(demo, inverted):
             finding.find_mask(model, other, demo[1], CAPTION, "car")
 
 
+def test_another_size_inside_the_unet_is_named(core, demo, inverted):
+    model, latent = inverted
+    shrunk = core["PatchModelAddDownscale"].execute(model, 3, 1.5, 0.0, 0.35, True, "bicubic", "bicubic").result[0]
+    with pytest.raises(ValueError, match="another node changes the size inside the UNet"), torch.inference_mode():
+        finding.find_mask(shrunk, latent, demo[1], CAPTION, "car", callback=silent)
+
+
 @pytest.mark.parametrize("shape", [(5, 64, 96), (1, 480, 640), (480, 640)])
 def test_a_mask_of_another_shape_is_refused(inflated, clip, prompts, shape):
     with pytest.raises(ValueError, match="mask is (96 x 64|640 x 480), another shape than the clip's 64 x 64"):

@@ -196,6 +196,22 @@ def test_export_over_a_lora_or_another_base(model, make_model, make_weights, fol
     assert "differ" not in load(patched, merged)[1]
 
 
+def test_a_lora_that_the_weights_would_take_back_is_told(core, model, make_model, make_weights, folder, caplog):
+    """Read over it, the change of the queries is what leads from the LoRA's to the published ones."""
+    learned = make_weights(model)
+    (name,) = ExportPublished.execute(model, learned, "mine").result
+    query = "input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
+    patched = model.clone()
+    patched.add_patches({f"diffusion_model.{query}": ("diff", (torch.full_like(learned.queries[query], 0.5),))})
+    weights, report = load(patched, name)
+    assert "changes 1 of these queries" in report and "connect the checkpoint's own MODEL here" in report
+    assert "connect the checkpoint's own MODEL here" in caplog.text
+    assert not torch.allclose(weights.queries[query], learned.queries[query])
+    merged = core["ModelMergeSimple"]().merge(model, make_model(seed=1), 0.5)[0]
+    with torch.inference_mode():
+        assert "these queries" not in load(merged, name)[1], "a merge is a checkpoint"
+
+
 def test_export_of_a_tuned_model_would_add_its_queries_twice(model, make_weights, folder):
     learned = make_weights(model)
     with pytest.raises(ValueError, match="has other tuned weights already: connect the MODEL from before"):

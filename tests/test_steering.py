@@ -115,6 +115,47 @@ def test_structure_of_the_clip_itself_changes_nothing(inflated, clip, prompts):
     assert not torch.allclose(*other, rtol=1e-2)
 
 
+def test_structure_of_a_source_prompt_that_has_a_gap_is_refused(core, edit, start, prompts):
+    """That no features were found is no cache's doing then."""
+    late = core["ConditioningSetTimestepRange"]().set_range(prompts[0], 0.5, 1)[0]
+    changed = start | {host.KEY: {**start[host.KEY], "prompt": late}}
+    with pytest.raises(ValueError, match="DDIM Invert's prompt is active at 0 of the 2 noise levels"):
+        edit(latent=changed, structure=0.4)
+
+
+def test_structure_shares_no_areas_and_no_combined_source(core, edit, start, prompts):
+    def area(prompt, *place):
+        return core["ConditioningSetArea"]().append(prompt, *place, 1.0)[0]
+
+    def masked(bounds):
+        return core["ConditioningSetMask"]().append(prompts[1], torch.ones(64, 64), bounds, 1.0)[0]
+
+    def of(source, **steering):
+        return edit(latent=start | {host.KEY: {**start[host.KEY], "prompt": source}}, **steering)
+
+    half, late = area(prompts[0], 32, 64, 0, 0), core["ConditioningSetTimestepRange"]().set_range(prompts[1], 0.7, 1)[0]
+    combined = pytest.raises(
+        ValueError, match="DDIM Invert's prompt combines 2 prompts, and structure shares .* of one"
+    )
+    for source in (prompts[0] + half, prompts[0] + prompts[1]):
+        with combined:
+            of(source, structure=0.4)
+    areas = pytest.raises(ValueError, match="has an area .*, and structure shares features of whole pictures")
+    with areas:
+        of(half, structure=0.4)
+    for positive in (prompts[1] + half, area(prompts[1], 64, 64, 0, 0), masked("mask bounds")):
+        with areas:
+            edit(positive=positive, structure=0.4)
+        assert torch.isfinite(edit(positive=positive)).all()
+    for run in (
+        lambda: edit(positive=prompts[0] + prompts[1], structure=0.4),
+        lambda: edit(positive=masked("default"), structure=0.4),
+        lambda: edit(positive=prompts[1] + area(late, 32, 64, 0, 0), structure=0.4),  # when no more is shared
+        lambda: of(prompts[0] + late, structure=0.4),
+    ):
+        assert torch.isfinite(run()).all()
+
+
 def test_structure_of_the_clip_itself_changes_nothing_in_windows(model, prompts):
     clip = {"samples": torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 5}
     video = host.inflate(model, "video", Windows(4, 1))

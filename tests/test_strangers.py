@@ -13,6 +13,7 @@ import torch
 from tune_a_video.tav_core import host
 from tune_a_video.tav_core.method import inflation
 from tune_a_video.tav_core.method.attention import SparseCausal
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing
 from tune_a_video.tav_core.pipeline.apply import apply_weights
 
@@ -308,6 +309,20 @@ def test_caches_take_no_part_in_an_inversion(core, tuned, prompts, name):
     assert torch.isfinite(video["samples"]).all()
 
 
+@pytest.mark.parametrize("windows", [Windows(), Windows(4), Windows(5, 1)])
+def test_a_cache_is_of_the_whole_clip_wherever_it_is_put(core, model, make_weights, prompts, windows):
+    """EasyCache keeps the UNet's last change: of one window, it would be added to another's frames."""
+    weights = make_weights(model, frames=6)
+    plain = apply_weights(model, weights, windows=windows)
+    cache = partial(patched, core, "EasyCache")
+    before = apply_weights(cache(model, 3.0, 0.15, 0.95, False), weights, windows=windows)
+    wrapped = [list(kind) for kind in plain.wrappers.values()]
+    cached = [edit(m, prompts, 12) for m in (before, cache(plain, 3.0, 0.15, 0.95, False))]
+    assert torch.equal(*cached)
+    assert not torch.allclose(cached[0], edit(plain, prompts, 12), rtol=0.01), "it was used"
+    assert [list(kind) for kind in plain.wrappers.values()] == wrapped
+
+
 def test_nan_is_blamed_on_what_made_it(tuned, prompts):
     spoilt = tuned.clone()
     spoilt.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * torch.nan)
@@ -397,6 +412,27 @@ def test_a_mask_that_would_keep_noise_is_refused(core, tuned, prompts, right_hal
 def test_a_mask_of_other_frames_is_refused(tuned, prompts, right_half):
     with pytest.raises(ValueError, match="mask has 4 frames, the clip has 6"), torch.inference_mode():
         editing.invert(tuned, CLIP | {"noise_mask": right_half[:4]}, prompts[0], 3)
+
+
+@pytest.mark.parametrize("count, size, message", [
+    (4, (128, 128), "mask has 4 frames, the clip has 6"),
+    (12, (128, 128), "mask has 12 frames, the clip has 6"),
+    (6, (64, 128), "mask is 128 x 64, another shape"),
+])  # fmt: skip
+def test_a_prompts_mask_is_one_a_frame_or_one(core, tuned, prompts, count, size, message):
+    """Of twelve for six frames the host takes the first six; four are an error of torch's."""
+
+    def masked(shape):
+        return core["ConditioningSetMask"]().append(prompts[1], torch.rand(shape), "default", 1.0)[0]
+
+    spoilt = prompts[0], prompts[1] + masked((count, *size))
+    for sample in (edit, partial(core_sampling, core)):
+        with pytest.raises(ValueError, match=f"positive's {message}"):
+            sample(tuned, spoilt)
+        for shape in ((128, 128), (1, 128, 128), (6, 64, 64)):
+            assert torch.isfinite(sample(tuned, (prompts[0], prompts[1] + masked(shape)))).all()
+    with pytest.raises(ValueError, match=f"prompt's {message}"), torch.inference_mode():
+        editing.invert(tuned, CLIP, spoilt[1], 2)
 
 
 # --- where sampling starts (W9) ---

@@ -18,10 +18,10 @@ from tune_a_video.tav_core.pipeline.one_shot import VALIDATION_CFG, VALIDATION_S
 
 @pytest.fixture
 def tune(inflated, clip, prompts):
-    def run(validation=None, steps=4, **kwargs):
+    def run(validation=None, steps=4, model=inflated, **kwargs):
         with torch.inference_mode():
             return one_shot_tune(
-                inflated,
+                model,
                 clip,
                 prompts[1],
                 Recipe(steps, learning_rate=1e-3),
@@ -91,6 +91,21 @@ def test_out_of_memory_in_a_preview_does_not_stop_the_tune(tune, validation, sho
     weights = tune(validation(), tell=told.append)
     assert weights.losses == plain.losses and len(calls) == 1 and not shown
     assert told == ["no preview at step 2: out of memory; tuning goes on without previews"]
+
+
+def test_any_error_in_a_preview_does_not_stop_the_tune(tune, validation, shown, inflated, caplog):
+    """Another pack's, for one; it would come back at every resume."""
+
+    def broken(_apply_model, _args):
+        raise RuntimeError("the sizes do not match")
+
+    spoilt, told = inflated.clone(), []
+    spoilt.set_model_unet_function_wrapper(broken)
+    weights = tune(validation(), model=spoilt, tell=told.append)
+    assert weights.losses == tune().losses and not shown
+    problem = "no preview at step 2: RuntimeError: the sizes do not match; tuning goes on without previews"
+    assert [line for line in told if "preview" in line] == [problem]
+    assert "Traceback" in caplog.text
 
 
 def test_cancel_in_a_preview_saves_and_resumes(tune, validation, tmp_path, monkeypatch):

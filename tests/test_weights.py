@@ -1,9 +1,11 @@
 """Weights as a file: saved, described, loaded, applied."""
 
+import asyncio
 import json
 import logging
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.utils
 import folder_paths
@@ -11,14 +13,27 @@ import pytest
 import torch
 from comfy_api.latest._io import Hidden, HiddenHolder
 from equal import same_weights
+from execution import IsChangedCache
 from prompts import node
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tune_a_video.nodes import ApplyWeights, ExportPublished, InflateUNet, LoadWeights, OneShotTune, SaveWeights, graph
+from tune_a_video.nodes import (
+    ApplyWeights,
+    ExportPublished,
+    InflateUNet,
+    LoadPublished,
+    LoadWeights,
+    OneShotTune,
+    SaveWeights,
+    graph,
+)
 from tune_a_video.tav_core import host
+from tune_a_video.tav_core.method.attention import PAPERS
 from tune_a_video.tav_core.method.tuning import Recipe
+from tune_a_video.tav_core.method.windows import Windows
 from tune_a_video.tav_core.pipeline import editing, library
 from tune_a_video.tav_core.pipeline.apply import apply_weights
+from tune_a_video.tav_core.pipeline.one_shot import one_shot_tune
 from tune_a_video.tav_core.store import files, weights
 from tune_a_video.tav_core.store.weights import TunedWeights, difference
 
@@ -163,6 +178,55 @@ def test_tuned_weights_are_not_applied_over_others(model, make_weights, motion):
         ApplyWeights.execute(tuned, second, 1.0, 1.0)
     # A tune of a tuned model belongs on that one.
     ApplyWeights.execute(tuned, make_weights(tuned), 1.0, 1.0)
+
+
+def test_what_was_set_before_the_weights(model, make_weights, caplog):
+    """The window stays, which is a matter of memory; what else was tuned differently gives way, and that is told."""
+    weights = make_weights(model, windows=Windows(6, 2))
+
+    def applied(base, **inputs):
+        caplog.clear()
+        return host.inflation_of(ApplyWeights.execute(base, weights, 1.0, 1.0, **inputs).result[0])
+
+    other = host.inflate(model, "per_frame", Windows(4, 1), "all", "light")
+    kept = applied(other)
+    assert (kept.windows, kept.group_norm, kept.attends, kept.layers) == (Windows(4, 1), "video", PAPERS, "paper")
+    told = [record.message.removeprefix("Tune-A-Video: ") for record in caplog.records]
+    tuned = "as these weights were tuned, not"
+    assert told[-3:] == [
+        f"group_norm is video, {tuned} per_frame as set before",
+        f"attends is {PAPERS}, {tuned} all as set before",
+        f"layers is paper, {tuned} light as set before",
+    ]
+    assert applied(other, window=0).windows.frames == 0
+    assert applied(other, window=5, overlap=1).windows == Windows(5, 1)
+    assert applied(host.inflate(model, "video")).windows == weights.windows and "set before" not in caplog.text
+    assert applied(model).windows == weights.windows
+
+
+def test_a_tune_of_a_tuned_model_belongs_on_that_one_alone(inflated, model, clip, prompts, folder):
+    """Anywhere else the change of the queries that the first tune had made would be missing."""
+
+    def tune(model):
+        with torch.inference_mode():
+            return one_shot_tune(model, clip, prompts[1], Recipe(2, 1e-2), "fp32", "all", lambda _step: None)
+
+    first = tune(inflated)
+    tuned = apply_weights(inflated, first)
+    second = tune(tuned)
+    assert (first.base_tuned, second.base_tuned) == (False, True)
+    name = SaveWeights.execute(second, "w", "fp32").result[0]
+    loaded = LoadWeights.execute(name).result[0]
+    assert loaded.base_tuned
+    other = apply_weights(inflated, first, content=0.5)
+    for learned in (second, loaded):
+        for base in (model, inflated, other):
+            with pytest.raises(ValueError, match="were tuned on a MODEL that was tuned already.*Apply the weights of"):
+                ApplyWeights.execute(base, learned, 1.0, 1.0)
+        with pytest.raises(ValueError, match="were tuned on a MODEL that was tuned already"):
+            ExportPublished.execute(model, learned, "published")
+        again = ApplyWeights.execute(*ApplyWeights.execute(model, first, 1.0, 1.0).result, learned, 1.0, 1.0).result[0]
+        assert host.fingerprint(again) == host.fingerprint(apply_weights(tuned, second))
 
 
 def test_motion_that_another_motion_replaces_is_told(model, make_weights, caplog):
@@ -357,6 +421,16 @@ def test_a_changed_file_is_read_again(file, make_weights, model):
     assert "there is no 'other.safetensors'" in str(LoadWeights.validate_inputs("other.safetensors"))
 
 
+@pytest.mark.parametrize("kind, inputs", [(LoadWeights, ["file"]), (LoadPublished, ["model", "published"])])
+def test_a_name_that_is_connected_is_no_reason_to_read_again(core, monkeypatch, kind, inputs):
+    """Of what another node makes the host gives None; an error counts as a change, at every run."""
+    node_id = kind.define_schema().node_id
+    monkeypatch.setitem(core, node_id, kind)
+    linked = {"1": node(node_id, **{name: ["0", 0] for name in inputs}), "0": node("TAVSaveWeights")}
+    cache = IsChangedCache("prompt", SimpleNamespace(get_node=linked.get), None)
+    assert asyncio.run(cache.get("1")) == [""]
+
+
 def test_a_full_disk_leaves_nothing_behind(make_weights, model, folder, monkeypatch):
     def full(_handle):
         raise OSError(28, "No space left on device")
@@ -395,7 +469,7 @@ GRAPH = {
     "9": node("PrimitiveInt", value=4),
     "10": node("TAVPrepareClip", stride=["9", 0]),
     "11": node("TAVOneShotTune", latents=["10", 0], caption=["12", 0]),
-    "12": node("ConditioningZeroOut", conditioning=["8", 0]),
+    "12": node("ConditioningSetTimestepRange", conditioning=["8", 0], start=0.0, end=1.0),
     "13": node("TAVOneShotTune", latents=["4", 0], caption=["13", 1]),
     "14": node("TAVOneShotTune", latents="text", caption=["1", 2, 3]),
     "15": {"class_type": "Broken", "inputs": None},

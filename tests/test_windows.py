@@ -3,6 +3,7 @@
 from itertools import count, pairwise
 
 import comfy.controlnet
+import comfy.gligen
 import comfy.model_base
 import comfy.model_management
 import pytest
@@ -258,6 +259,26 @@ def test_replaced_self_attention_is_refused(core, in_windows, prompts, long):
         core["KSampler"]().sample(guided, 7, 1, 3.0, "euler", "normal", *prompts, long)
 
 
+def test_text_boxes_are_refused(core, in_windows, model, prompts, long):
+    """GLIGEN's, which the host makes for as many frames as the clip has."""
+    blocks = host.parts_of(host.unet_of(model)).blocks.values()
+    widths = [block.norm1.normalized_shape[0] for block in blocks]
+    layers = [comfy.gligen.GatedSelfAttentionDense(width, 16, 2, width // 2) for width in widths]
+    with torch.inference_mode():
+        network = comfy.gligen.Gligen(layers, comfy.gligen.PositionNet(16, 16), 16)
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+        boxes = host.ModelPatcher(network, model.load_device, model.offload_device)
+        boxed = [[prompts[1][0][0], {"gligen": ("position", boxes, [(torch.randn(1, 16), 4, 4, 1, 1)])}]]
+        for run in (
+            lambda model: core["KSampler"]().sample(model, 7, 2, 3.0, "euler", "normal", boxed, prompts[0], long),
+            lambda model: editing.invert(model, long, boxed, 2),
+        ):
+            run(in_windows(WHOLE))
+            with pytest.raises(ValueError, match="has GLIGEN's text boxes, .* set window to 0"):
+                run(in_windows(CUT))
+
+
 # --- the host's own windows -------------------------------------------------------------------------------------
 
 KEPT = {"latent_retain_index_list": "0", "cond_retain_index_list": "0", "causal_window_fix": True, "freenoise": False}
@@ -398,6 +419,11 @@ def test_a_tune_in_windows_is_resumed_to_the_bit(tune, tmp_path):
     tune(Windows(6, 2), saving=saving, told=told)
     tune(WHOLE, saving=saving, told=told)
     assert told == [], "other windows are other tunes"
+    again = tune(Windows(CUT.frames, CUT.overlap - 1), saving=saving, told=told)
+    assert told == ["reused: all 4 steps were saved"], "a tune does not use the overlap"
+    assert again.windows == Windows(CUT.frames, CUT.overlap - 1)
+    other = tune(again.windows)
+    assert all(torch.equal(other.temporal[name], plain.temporal[name]) for name in plain.temporal)
 
 
 def test_a_window_longer_than_the_clip_is_said(tune):

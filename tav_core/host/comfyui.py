@@ -237,10 +237,24 @@ def fingerprint(model: ModelPatcher) -> str:
 
 
 def _plain(entries: Any) -> tuple[Tensor, list[Any]]:
-    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind."""
+    """A weight as numbers (it may be quantised) and its patches, of which a merged model's are a list of this kind.
+
+    Those that change nothing are left out: of no strength, where the weight's own is 1.
+    """
     (weight, convert), *patches = entries
     return convert(weight, inplace=False), [
-        (strength, _plain(value) if isinstance(value, list) else value, *more) for strength, value, *more in patches
+        (strength, _plain(value) if isinstance(value, list) else value, own, *more)
+        for strength, value, own, *more in patches
+        if strength or own != 1
+    ]
+
+
+def changed_on_the_way(model: ModelPatcher) -> list[str]:
+    """Names of the UNet's weights that other nodes change, as LoRAs do; a merge counts as the checkpoint that it is."""
+    return [
+        key.removeprefix(UNET)
+        for key, patches in model.patches.items()
+        if key.startswith(UNET) and any(not isinstance(patch[1], list) for patch in patches)
     ]
 
 
@@ -372,6 +386,11 @@ def stop_if_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is the host's own exception for Cancel."""
+    return isinstance(error, comfy.model_management.InterruptProcessingException)
+
+
 # --- sample ----------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +455,47 @@ def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGui
     guider = Unguided(model)
     guider.inner_set_conds({"positive": prompt})
     return guider
+
+
+def active_at(model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> Tensor:
+    """Which of a prompt's entries are active at which noise levels, by the timestep ranges they carry, [entries, n]."""
+    sampling = sampling_of(model)
+    active = []
+    for _text, options in prompt:
+        starts, ends = ([options.get(f"{of}{at}_percent") for of in ("", "clip_")] for at in ("start", "end"))
+        start = max([0.0, *(percent for percent in starts if percent is not None)])
+        end = min([1.0, *(percent for percent in ends if percent is not None)])
+        active.append((sigmas <= sampling.percent_to_sigma(start)) & (sigmas >= sampling.percent_to_sigma(end)))
+    return torch.stack(active)
+
+
+def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> None:
+    """Whether a prompt says something at all of these noise levels; where it does not, the host predicts zeros.
+
+    Raises ValueError when none of its entries is active at one of them.
+    """
+    active = active_at(model, prompt, sigmas).any(0)
+    if not active.all():
+        raise ValueError(
+            f"{name} is active at {int(active.sum())} of the {len(active)} noise levels that need it, by a timestep "
+            "range (ConditioningSetTimestepRange): at the others the model would be told nothing. Let it, or another "
+            "prompt combined with it, reach from 0 to 1."
+        )
+
+
+def check_hooks(name: str, prompt: Conditioning) -> None:
+    """Whether the hooks on a prompt are as strong at all noise levels.
+
+    Raises ValueError where keyframes change that: the host goes through them as noise falls and never back, so an
+    inversion, in which it rises, would have the last one's strength throughout.
+    """
+    for _text, options in prompt:
+        for hook in getattr(options.get("hooks"), "hooks", ()):
+            if len({keyframe.strength for keyframe in hook.hook_keyframe.keyframes}) > 1:
+                raise ValueError(
+                    f"{name} has a hook whose strength changes on the way (Create Hook Keyframe), which an inversion "
+                    "cannot follow. Remove its keyframes here; Sample Video can have them."
+                )
 
 
 def run_sampler(

@@ -47,7 +47,7 @@ NEEDS = {
         "comfy.samplers": "calc_cond_batch(model, conds, x_in, timestep, model_options)",
         "comfy.sampler_helpers": "prepare_mask(noise_mask, shape, device)",
         "comfy.samplers:KSAMPLER": "__init__(sampler_function)",
-        "comfy.model_sampling:ModelSamplingDiscrete": "sigma_max",
+        "comfy.model_sampling:ModelSamplingDiscrete": "sigma_max percent_to_sigma(percent)",
         "comfy.model_sampling:EPS": "noise_scaling(sigma, noise, latent_image, max_denoise)",
         "comfy.model_base:BaseModel": "process_latent_in(latent) process_latent_out(latent)",
         "comfy.model_management": "load_models_gpu(models) intermediate_device() "
@@ -58,7 +58,8 @@ NEEDS = {
     "tuning": {
         f"{OPENAI}:UNetModel": "__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, dtype, "
         "device, operations)",
-        "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device)",
+        "comfy.model_management": "unload_all_models() soft_empty_cache() get_free_memory(dev) should_use_bf16(device) "
+        "InterruptProcessingException",
         "comfy.utils:ProgressBar": "__init__(total) update_absolute(value, total, preview)",
         "comfy.sampler_helpers": "convert_cond(cond)",
         "comfy.samplers": "encode_model_conds(model_function, conds, noise, device, prompt_type)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from ..method.windows import WHOLE, Windows, blended
 from .build import heads_of
 from .comfyui import (
     KEY,
+    LATENT_PIXELS,
     UNET,
     ModelPatcher,
     UNetModel,
@@ -299,6 +300,9 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
             "a ControlNet gives every context window the pictures of the first one. Remove the context windows node, "
             "and set window in Inflate UNet instead."
         )
+    for name, conditioning in guider.conds.items():
+        for prompt in conditioning or ():
+            check_options(name, prompt, frames, noise.shape[2:], inflation.windows)
     refuse_merged_tunes(guider.model_patcher)
     others = ", ".join(others_on(guider.model_options))
     if denoise_mask is not None and not torch.count_nonzero(noise):
@@ -308,6 +312,9 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         )
     options = guider.model_options.setdefault("transformer_options", {})  # the guider's own, for this run
     options[KEY] = frames, others
+    # Innermost, wherever other nodes stand: what they keep from call to call (EasyCache) is the clip's, not a window's.
+    wrapped = options["wrappers"][comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL]
+    wrapped[KEY] = wrapped.pop(KEY)
     calls = 0
 
     def check(block: Any, _args: Any) -> None:
@@ -330,6 +337,56 @@ def _whole_video(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
             f"node answers in its place; {_on_it(others)}."
         )
     return out
+
+
+def check_options(
+    name: str, options: Mapping[str, Any], frames: int, sides: Sequence[int], windows: Windows = WHOLE
+) -> None:
+    """Whether what a prompt carries beside its text has a part for each frame, or one for all.
+
+    Args:
+        options: of one entry of a CONDITIONING.
+        sides: height and width of the clip's latents.
+        windows: how the clip is cut.
+    Raises ValueError saying what it is that has not: the host would share it out over the frames, without a word. So
+    for GLIGEN's boxes, which the host makes for whole clips, where windows cut this one.
+    """
+    if "gligen" in options and windows.cuts(frames):
+        raise ValueError(
+            f"{name} has GLIGEN's text boxes, which cannot be cut into windows. Remove them, or set window to 0 in "
+            "Inflate UNet (or Apply Weights)."
+        )
+    check_mask(f"{name}'s", options.get("mask"), frames, sides)
+    control = options.get("control")
+    while control is not None:
+        hints = getattr(control, "cond_hint_original", None)
+        if isinstance(hints, Tensor) and len(hints) not in (1, frames):
+            raise ValueError(
+                f"{name} has a ControlNet with {len(hints)} pictures, the clip has {frames} frames: one picture is "
+                f"needed for the whole clip, or {frames}, one a frame."
+            )
+        control = getattr(control, "previous_controlnet", None)
+
+
+def check_mask(whose: str, mask: Tensor | None, frames: int, sides: Sequence[int]) -> None:
+    """Whether a mask is of the clip's shape, and has a part for each frame, or one for all.
+
+    Raises ValueError: the host would repeat too few masks, drop too many, and stretch those of another shape, without a
+    word.
+    """
+    if mask is None:
+        return
+    (height, width), (tall, wide) = mask.shape[-2:], sides
+    if abs(height * wide - width * tall) >= max(height, width):  # by a latent or more, were it as large as these
+        raise ValueError(
+            f"{whose} mask is {width} x {height}, another shape than the clip's {LATENT_PIXELS * wide} x "
+            f"{LATENT_PIXELS * tall}: it would be stretched. Crop or scale it as the clip was."
+        )
+    if mask.ndim > 2 and mask.shape[0] not in (1, frames):
+        raise ValueError(
+            f"{whose} mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole clip, "
+            f"or {frames}, one a frame."
+        )
 
 
 def _on_it(others: str) -> str:

@@ -78,12 +78,19 @@ def combined(maps: Sequence[Tensor], height: int, width: int) -> Tensor:
 
     Args:
         maps: `f n`, of the latents' size or of one that the UNet has halved it to.
+    Raises ValueError for a map of any other size.
     """
     total = torch.zeros(())
     for attention in maps:
         h, w = height, width
         while h * w > attention.shape[1]:
             h, w = (h + 1) // 2, (w + 1) // 2
+        if h * w != attention.shape[1]:
+            raise ValueError(
+                f"another node changes the size inside the UNet ({attention.shape[1]} places where {w} x {h} are "
+                "expected; PatchModelAddDownscale does), and Find Mask cannot tell where they are. Remove it before "
+                "Find Mask."
+            )
         picture = rearrange(attention, "f (h w) -> f 1 h w", h=h, w=w)
         total = total + _spread(F.interpolate(picture, (height, width), mode="bilinear")[:, 0])
     return _spread(total)

@@ -26,7 +26,8 @@ def apply_weights(
     Args:
         motion: strength of the temporal attention.
         content: strength of the change in the queries.
-        windows: None cuts the clip as it was cut for tuning.
+        windows: None cuts the clip as a `model` that is inflated cuts it, or, where that does not, as it was cut for
+            tuning. All else of its inflation gives way to the weights'.
 
     Raises ValueError when the weights belong to another UNet, or lack a part of what was tuned.
     """
@@ -52,6 +53,10 @@ def apply_weights(
     for layer in temporal.layers:
         for parameter in layer.attn_temp.to_out.parameters():
             parameter.data *= motion
+    before = model.attachments.get(host.KEY)
+    if before is not None:
+        _tell_what_gives_way(before, weights)
+        windows = windows or (before.windows if before.windows.frames else None)
     cut = weights.windows if windows is None else windows
     inflation = host.Inflation(temporal, weights.group_norm, weights.frames, cut, weights.attends, weights.layers, True)
     tuned = host.with_inflation(model, inflation)
@@ -60,10 +65,18 @@ def apply_weights(
     return tuned
 
 
+def _tell_what_gives_way(inflation: host.Inflation, weights: TunedWeights) -> None:
+    for name in ("group_norm", "attends", "layers"):
+        wanted, own = getattr(inflation, name), getattr(weights, name)
+        if wanted != own:
+            log.warning("Tune-A-Video: %s is %s, as these weights were tuned, not %s as set before", name, own, wanted)
+
+
 def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
     """Whether weights may be applied to a model; another base of the same family is only noted in the log.
 
-    Raises ValueError for another family, naming both, and for a model that carries other tuned weights.
+    Raises ValueError for another family, naming both, for a model that carries other tuned weights, and for any other
+    model where the weights were tuned on a tuned one.
     """
     family = host.family_of(model)
     if weights.base_family not in ("", family):
@@ -77,6 +90,12 @@ def check_base(model: host.ModelPatcher, weights: TunedWeights) -> None:
         if tuned:  # a tune of this very MODEL, or, where the other's content is 0, one of the MODEL before it
             log.warning("Tune-A-Video: these weights replace the motion of the tuned weights that this MODEL had")
         return
+    if weights.base_tuned:
+        raise ValueError(
+            "these weights were tuned on a MODEL that was tuned already, and this is another one: what its image "
+            "layers had learned would be missing. Apply the weights of that first tune to this MODEL first, at the "
+            "strengths that they had, and these after them."
+        )
     if tuned:
         raise ValueError(
             "this MODEL has other tuned weights already: connect the MODEL from before One-Shot Tune or Apply Weights."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,32 +67,15 @@ def check_inputs(
             "frames."
         )
     host.refuse_merged_tunes(model)
-    _check_mask(latent.get("noise_mask"), frames, sides)
+    host.check_mask("the latents'", latent.get("noise_mask"), frames, sides)
     if inflation.frames not in (None, frames):
         raise ValueError(
             f"this MODEL was tuned on {inflation.frames} frames, but the latents have {frames}: use the clip that "
-            "it was tuned on, or tune on this one."
+            "it was tuned on, or tune the MODEL of Inflate UNet on this one."
         )
     for name, conditioning in prompts.items():
         _check_conditioning(name, conditioning, video, samples)
     return video, samples
-
-
-def _check_mask(mask: Tensor | None, frames: int, sides: Sequence[int]) -> None:
-    # The host would repeat too few masks, drop too many, and stretch those of another shape, without a word.
-    if mask is None:
-        return
-    (height, width), (tall, wide) = mask.shape[-2:], sides
-    if abs(height * wide - width * tall) >= max(height, width):  # by a latent or more, were it as large as these
-        raise ValueError(
-            f"the latents' mask is {width} x {height}, another shape than the clip's {host.LATENT_PIXELS * wide} x "
-            f"{host.LATENT_PIXELS * tall}: it would be stretched. Crop or scale it as the clip was."
-        )
-    if mask.ndim > 2 and mask.shape[0] not in (1, frames):
-        raise ValueError(
-            f"the latents' mask has {mask.shape[0]} frames, the clip has {frames}: one mask is needed for the whole "
-            f"clip, or {frames}, one a frame."
-        )
 
 
 def _check_conditioning(name: str, conditioning: host.Conditioning, video: host.Video, samples: Tensor) -> None:
@@ -114,6 +97,7 @@ def _check_conditioning(name: str, conditioning: host.Conditioning, video: host.
             raise ValueError(
                 f"{name} is {channels} wide, this MODEL reads {width}: encode it with the CLIP of the same checkpoint."
             )
+        host.check_options(name, entry[1], frames, samples.shape[2:], video.inflation.windows)
         if video.vector_width:
             _check_vector(name, entry, video, samples)
 

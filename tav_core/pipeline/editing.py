@@ -38,7 +38,10 @@ def invert(
         method: one of METHODS.
     """
     video, samples = check_inputs(model, latent, prompt=prompt)
+    refuse_inverted(latent)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
+    host.check_active("prompt", model, prompt, sigmas[1:])  # both methods ask at the higher level of each step
+    host.check_hooks("prompt", prompt)
     show = callback or host.preview_callback(model, steps)
     levels: list[Tensor] = []
 
@@ -101,20 +104,52 @@ def _guider(
     steering: guidance.Steering,
     sigmas: Tensor,
 ) -> Any:
-    """What guides an edit: the host's own guider, unless guidance changes or the source takes part."""
-    if steering.cfg_until == 1 and not steering.structure:
-        return host.guided(video.patcher, positive, negative, cfg)
+    """What guides an edit: the host's own guider, unless guidance changes or the source takes part.
+
+    Raises ValueError where a prompt is not active at a noise level at which it counts.
+    """
     switch, apart = (guidance.until(sigmas, share) for share in (steering.cfg_until, steering.structure))
 
     def cfg_at(sigma: float) -> float:
         return cfg if sigma > switch else steering.cfg_end
 
+    levels = sigmas[:-1]
+    host.check_active("positive", video.patcher, positive, levels)
+    guided = [not math.isclose(cfg_at(float(sigma)), 1) for sigma in levels]  # elsewhere the host does not ask for it
+    host.check_active("negative", video.patcher, negative, levels[torch.tensor(guided)])
+    if steering.cfg_until == 1 and not steering.structure:
+        return host.guided(video.patcher, positive, negative, cfg)
     source = None
     if steering.structure:
         made = inversion_of(latent)
         path = made["trajectory"]
+        prompts = {"positive": positive, "negative": negative, "DDIM Invert's prompt": made["prompt"]}
+        _check_shared(video.patcher, "DDIM Invert's prompt", prompts, levels[levels > apart])
         source = guidance.Source(video.parts), made["prompt"], lambda sigma: path.at(sigma) if sigma > apart else None
     return host.steered(video.patcher, positive, negative, cfg_at, source)
+
+
+def _check_shared(model: host.ModelPatcher, source: str, prompts: Mapping[str, host.Conditioning], levels: Tensor):
+    """Whether the features of the `source` prompt are of the same places as all prompts' of the edit.
+
+    Raises ValueError where they are not at one of these noise levels. That their shapes may fit says nothing: how the
+    host puts prompts together is a matter of its free memory.
+    """
+    host.check_active(source, model, prompts[source], levels)
+    together = host.active_at(model, prompts[source], levels).sum(0)
+    if (together > 1).any():
+        raise ValueError(
+            f"{source} combines {int(together.max())} prompts, and structure shares the features of one. Combine none "
+            "in DDIM Invert, or set structure to 0."
+        )
+    for name, prompt in prompts.items():
+        active = host.active_at(model, prompt, levels).any(1)
+        for (_text, options), counts in zip(prompt, active, strict=True):
+            if counts and ("area" in options or options.get("set_area_to_bounds")):
+                raise ValueError(
+                    f"{name} has an area (ConditioningSetArea, or mask bounds), and structure shares features of whole "
+                    "pictures. Remove the area, or take a mask with set_cond_area default, or set structure to 0."
+                )
 
 
 def inversion_of(latent: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,6 +164,15 @@ def inversion_of(latent: Mapping[str, Any]) -> Mapping[str, Any]:
             "Connect inverted of DDIM Invert."
         )
     return made
+
+
+def refuse_inverted(latent: Mapping[str, Any]) -> None:
+    """Raises ValueError for an inverted LATENT, which is noise, where a clip is wanted."""
+    if host.KEY in latent and not _changed(latent):
+        raise ValueError(
+            "these latents are the noise that DDIM Invert made of a clip, and the clip itself is needed: connect VAE "
+            "Encode."
+        )
 
 
 def _changed(latent: Mapping[str, Any]) -> bool:

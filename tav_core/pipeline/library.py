@@ -134,6 +134,13 @@ def read_published(model: host.ModelPatcher, path: Path) -> tuple[TunedWeights, 
     shapes = host.shapes_of(model) | {name: parameter.shape for name, parameter in layers.items()}
     base = host.effective_weights(model, torch.device("cpu"))
     queries, temporal, report = published.to_weights(tensors, names, shapes, base)
+    # Taken to the weights without them, the change would be wrong of a model that was made with them.
+    if changed := [name for name in host.changed_on_the_way(model) if name in queries]:
+        report += (
+            f" A LoRA or the like changes {len(changed)} of these queries in this MODEL, and the weights take that "
+            "back: connect the checkpoint's own MODEL here, and the LoRA before Apply Weights."
+        )
+        log.warning("Tune-A-Video: %s: %s", path.name, report)
     weights = TunedWeights(
         queries, temporal, frames=None, group_norm="video", base_family=family, base_fingerprint=host.fingerprint(model)
     )

@@ -34,7 +34,7 @@ from ..store.digest import digest
 from ..store.weights import TunedWeights, difference
 from .apply import apply_weights
 from .checks import check_caption, check_inputs
-from .editing import invert, sample_video
+from .editing import invert, refuse_inverted, sample_video
 from .network import TrainingUNet, estimate_step
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Validation:
 
 VALIDATION_STEPS = 10  # of DDIM, both ways: enough to judge an edit, for about the price of ten training steps
 VALIDATION_CFG = 12.5
+OVERLAP = 4  # of Inflate UNet, by default
 
 
 def runs_folder() -> Path:
@@ -125,6 +126,7 @@ def one_shot_tune(
         if validation.negative is not None:
             prompts["validation_negative"] = validation.negative
     video, samples = check_inputs(model, latent, min_frames=2, uncut="", **prompts)
+    refuse_inverted(latent)
     check_caption(caption, sizes=video.vector_width > 0)
     if memory not in (*MEMORY, *RECOMPUTE):
         raise ValueError(f"memory is {memory[:20]!r}; it must be one of {', '.join(MEMORY)}.")
@@ -338,6 +340,11 @@ class _Tune:
                 pictures = _sample_edit(self.video.patcher, self.latent, result, validation)
         except ValueError as error:  # what sampling refuses, of other nodes on the MODEL
             why = str(error)
+        except Exception as error:  # of any kind, in another node's code: the tune would end there at every resume
+            if host.is_interrupt(error):
+                raise
+            log.warning("Tune-A-Video: the preview failed", exc_info=True)
+            why = f"{type(error).__name__}: {error}"
         host.unload(self.video.device)
         if pictures is None:
             self.validation = None
@@ -407,6 +414,9 @@ def _run_key(
     What is recomputed is left out: the result is the same.
     """
     windows, attends, layers = video.inflation.windows, video.inflation.attends, video.inflation.layers
+    # A tune's windows do not overlap as a clip's do (`Windows.for_tuning`). It was in the key once, and stands there as
+    # what it is by default: so states of then stay found.
+    cut = {"frames": windows.frames, "overlap": OVERLAP}
     return digest(
         {
             **({} if attends == PAPERS else {"attends": attends}),  # states saved before there was a choice stay found
@@ -424,7 +434,7 @@ def _run_key(
             "prediction_type": video.prediction_type,
             "recipe": {name: value for name, value in asdict(recipe).items() if name != "steps"},
             "precision": precision,
-            **({"windows": asdict(windows)} if windows.cuts(len(latents)) else {}),
+            **({"windows": cut} if windows.cuts(len(latents)) else {}),
         }
     )
 
@@ -458,6 +468,7 @@ def _result(
         layers=layers,
         losses=[report.loss for report in reports],
         base_family=host.family_of(video.patcher),
+        base_tuned=video.inflation.tuned,
         size=(host.LATENT_PIXELS * width, host.LATENT_PIXELS * height),
         recipe=recipe,
     )

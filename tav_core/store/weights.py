@@ -39,6 +39,8 @@ class TunedWeights:
         losses: one a step.
         base_family: what kind of model it was tuned on; nothing else fits (`host.family_of`).
         base_fingerprint: exactly which one (`host.fingerprint`).
+        base_tuned: whether that one was tuned already. Its queries are then no checkpoint's: nothing else fits. Files
+            of before this was noted do not say, and count as not.
         caption: of the clip; "" when unknown.
         stride: of the clip's frames in their video; None when unknown.
         size: width and height of the clip in pixels; None when unknown.
@@ -63,6 +65,7 @@ class TunedWeights:
     windows: Windows = WHOLE
     attends: str = PAPERS
     layers: str = PAPER
+    base_tuned: bool = False
 
 
 def difference(target: Tensor, base: Tensor) -> Tensor:
@@ -165,6 +168,8 @@ def to_metadata(weights: TunedWeights) -> dict[str, str]:
         "losses": json.dumps(shortened(weights.losses)),
         "date": weights.date,
     }
+    if weights.base_tuned:
+        known |= {"base_tuned": True}
     if weights.attends != PAPERS:
         known |= {"attends": weights.attends}
     if weights.layers != PAPER:
@@ -199,6 +204,7 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         "losses": losses if isinstance(losses, list) and all(map(_is_number, losses)) else [],
         "base_family": text.get("base_family", ""),
         "base_fingerprint": text.get("base_fingerprint", ""),
+        "base_tuned": text.get("base_tuned") == str(True),
         # The only text with line breaks of its own; shown to people through `repr` alone.
         "caption": metadata.get("caption", "")[:MAX_CAPTION],
         "stride": _count(text.get("stride", "")),
