@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 MAX_HEADER = 16 << 20  # bytes; a full-size UNet's is 0.1 MB
 MAX_COMPONENT = 200  # bytes of a name between two slashes; file systems take 255, and a counter and an ending are added
@@ -313,7 +314,7 @@ def read_torch(path: Path) -> Any:
     Raises ValueError for anything else, including files of torch before 1.6, whose pickle says how much to allocate.
     """
     refuse_text(path)
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 6):  # CVE-2025-32434
+    if TorchVersion(torch.__version__) < "2.6":  # CVE-2025-32434
         raise ValueError(
             f"{path.name} is a pickle, which torch {torch.__version__} cannot read safely: update torch to 2.6 or "
             "later, or convert the file to safetensors."
