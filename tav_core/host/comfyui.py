@@ -10,7 +10,7 @@ import gc
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -457,27 +457,28 @@ def unguided(model: ModelPatcher, prompt: Conditioning) -> comfy.samplers.CFGGui
     return guider
 
 
-def active_at(model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> Tensor:
-    """Which of a prompt's entries are active at which noise levels, by the timestep ranges they carry, [entries, n]."""
+def active_at(model: ModelPatcher, prompt: Conditioning, sigmas: Sequence[float]) -> list[list[bool]]:
+    """Which of a prompt's entries are active at which noise levels, by their timestep ranges: a row an entry."""
     sampling = sampling_of(model)
     active = []
     for _text, options in prompt:
         starts, ends = ([options.get(f"{of}{at}_percent") for of in ("", "clip_")] for at in ("start", "end"))
         start = max([0.0, *(percent for percent in starts if percent is not None)])
         end = min([1.0, *(percent for percent in ends if percent is not None)])
-        active.append((sigmas <= sampling.percent_to_sigma(start)) & (sigmas >= sampling.percent_to_sigma(end)))
-    return torch.stack(active)
+        high, low = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+        active.append([low <= sigma <= high for sigma in sigmas])
+    return active
 
 
-def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Tensor) -> None:
+def check_active(name: str, model: ModelPatcher, prompt: Conditioning, sigmas: Sequence[float]) -> None:
     """Whether a prompt says something at all of these noise levels; where it does not, the host predicts zeros.
 
     Raises ValueError when none of its entries is active at one of them.
     """
-    active = active_at(model, prompt, sigmas).any(0)
-    if not active.all():
+    active = [any(entries) for entries in zip(*active_at(model, prompt, sigmas), strict=True)]
+    if not all(active):
         raise ValueError(
-            f"{name} is active at {int(active.sum())} of the {len(active)} noise levels that need it, by a timestep "
+            f"{name} is active at {sum(active)} of the {len(active)} noise levels that need it, by a timestep "
             "range (ConditioningSetTimestepRange): at the others the model would be told nothing. Let it, or another "
             "prompt combined with it, reach from 0 to 1."
         )

@@ -198,7 +198,7 @@ def _video_call(temporal: TemporalLayers, inflation: Inflation) -> Callable[...,
 
         def compute(numbers: list[int]) -> Tensor:
             rows = [video * frames + number for video in range(videos) for number in numbers]
-            part = partial(_rows, batch=x.shape[0], rows=torch.tensor(rows, device=x.device))
+            part = partial(_rows, batch=x.shape[0], rows=torch.tensor(rows).to(x.device))
             # Other packs look here for the frames that a call is of.
             options = {**transformer_options, "ad_params": {"sub_idxs": numbers, "full_length": frames}}
             if "sigmas" in options:

@@ -92,6 +92,7 @@ def blended(windows: list[list[int]], clip: int, compute: Callable[[list[int]], 
         part = compute(frames).unflatten(0, (-1, len(frames)))  # b w …
         if out is None:
             out = part.new_zeros(part.shape[0], clip, *part.shape[2:])
-        out[:, frames] += part * row[frames].to(part).view(-1, *[1] * (part.ndim - 2))
+        weighted = part * row[frames].to(part).view(-1, *[1] * (part.ndim - 2))
+        out.index_add_(1, torch.tensor(frames).to(out.device), weighted)
     assert out is not None
     return out.flatten(0, 1)

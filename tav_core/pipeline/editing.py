@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,8 @@ def invert(
     video, samples = check_inputs(model, latent, prompt=prompt)
     refuse_inverted(latent)
     sigmas = ddim.ddim_sigmas(video.sigmas, steps)
-    host.check_active("prompt", model, prompt, sigmas[1:])  # both methods ask at the higher level of each step
+    # Both methods ask at the higher level of each step.
+    host.check_active("prompt", model, prompt, [float(sigma) for sigma in sigmas[1:]])
     host.check_hooks("prompt", prompt)
     show = callback or host.preview_callback(model, steps)
     levels: list[Tensor] = []
@@ -113,10 +114,10 @@ def _guider(
     def cfg_at(sigma: float) -> float:
         return cfg if sigma > switch else steering.cfg_end
 
-    levels = sigmas[:-1]
+    levels = [float(sigma) for sigma in sigmas[:-1]]
     host.check_active("positive", video.patcher, positive, levels)
-    guided = [not math.isclose(cfg_at(float(sigma)), 1) for sigma in levels]  # elsewhere the host does not ask for it
-    host.check_active("negative", video.patcher, negative, levels[torch.tensor(guided)])
+    guided = [sigma for sigma in levels if not math.isclose(cfg_at(sigma), 1)]  # elsewhere the host does not ask for it
+    host.check_active("negative", video.patcher, negative, guided)
     if steering.cfg_until == 1 and not steering.structure:
         return host.guided(video.patcher, positive, negative, cfg)
     source = None
@@ -124,28 +125,29 @@ def _guider(
         made = inversion_of(latent)
         path = made["trajectory"]
         prompts = {"positive": positive, "negative": negative, "DDIM Invert's prompt": made["prompt"]}
-        _check_shared(video.patcher, "DDIM Invert's prompt", prompts, levels[levels > apart])
+        _check_shared(video.patcher, "DDIM Invert's prompt", prompts, [sigma for sigma in levels if sigma > apart])
         source = guidance.Source(video.parts), made["prompt"], lambda sigma: path.at(sigma) if sigma > apart else None
     return host.steered(video.patcher, positive, negative, cfg_at, source)
 
 
-def _check_shared(model: host.ModelPatcher, source: str, prompts: Mapping[str, host.Conditioning], levels: Tensor):
+def _check_shared(
+    model: host.ModelPatcher, source: str, prompts: Mapping[str, host.Conditioning], levels: Sequence[float]
+) -> None:
     """Whether the features of the `source` prompt are of the same places as all prompts' of the edit.
 
     Raises ValueError where they are not at one of these noise levels. That their shapes may fit says nothing: how the
     host puts prompts together is a matter of its free memory.
     """
     host.check_active(source, model, prompts[source], levels)
-    together = host.active_at(model, prompts[source], levels).sum(0)
-    if (together > 1).any():
+    together = max(map(sum, zip(*host.active_at(model, prompts[source], levels), strict=True)), default=0)
+    if together > 1:
         raise ValueError(
-            f"{source} combines {int(together.max())} prompts, and structure shares the features of one. Combine none "
+            f"{source} combines {together} prompts, and structure shares the features of one. Combine none "
             "in DDIM Invert, or set structure to 0."
         )
     for name, prompt in prompts.items():
-        active = host.active_at(model, prompt, levels).any(1)
-        for (_text, options), counts in zip(prompt, active, strict=True):
-            if counts and ("area" in options or options.get("set_area_to_bounds")):
+        for (_text, options), active in zip(prompt, host.active_at(model, prompt, levels), strict=True):
+            if any(active) and ("area" in options or options.get("set_area_to_bounds")):
                 raise ValueError(
                     f"{name} has an area (ConditioningSetArea, or mask bounds), and structure shares features of whole "
                     "pictures. Remove the area, or take a mask with set_cond_area default, or set structure to 0."
