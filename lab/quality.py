@@ -106,8 +106,12 @@ def generate(model, clip, vae, prompts: list[str], batch: int = 25) -> Tensor:
 def round_trip(vae, pictures: list[np.ndarray]) -> float:
     """Mean peak signal-to-noise ratio of pictures through the autoencoder, dB."""
     x = image.from_bytes(np.stack(pictures))
-    y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(50)]).to(x)
-    return float(metrics.psnr(x, y).mean())
+    return float(metrics.psnr(x, passed(vae, x)).mean())
+
+
+def passed(vae, pictures: Tensor) -> Tensor:
+    """Pictures [n, h, w, 3] as the autoencoder passes them."""
+    return torch.cat([vae.decode(vae.encode(part)) for part in pictures.split(50)]).to(pictures)
 
 
 def grid(pictures: Tensor, prompts: list[str], right: np.ndarray, columns: int = 8) -> Image.Image:

@@ -42,7 +42,7 @@ class LoadPublished(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, published) -> str:
-        return "" if published is None else library.stamp(published)  # None where another node makes the name
+        return library.stamp(published)
 
     @classmethod
     def execute(cls, model, published) -> io.NodeOutput:

@@ -83,7 +83,7 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str:
-        return "" if file is None else library.stamp(file)  # None where another node makes the name
+        return library.stamp(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

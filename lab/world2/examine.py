@@ -22,6 +22,7 @@ from torch import Tensor
 from ...demo import model as demo_model
 from ...tav_core.pictures import image
 from .. import chimeras
+from ..quality import passed
 from . import judge, segmenter, world
 from .sprites import FIGURES, LOOKS
 from .world import PLACES, Scene
@@ -132,7 +133,7 @@ def main() -> None:
     vae = demo_model.load(args.model)[2] if args.model else None
 
     def through(pictures: Tensor) -> Tensor:
-        return torch.cat([vae.decode(vae.encode(part)) for part in pictures.split(25)]).clamp(0, 1) if vae else pictures
+        return passed(vae, pictures) if vae else pictures
 
     report = examine(segmenter.load(args.segmenter), through, args.pairs)
     print(json.dumps(report, indent=2))

@@ -162,13 +162,12 @@ def picture_right(seen: Seen, wanted: Scene) -> list[dict[str, bool]]:
     like one that the figure may have.
     """
     actor = wanted.actors[0]
-    number = FIGURES.index(actor.figure)
+    number, may = FIGURES.index(actor.figure), outlines(actor.figure)
     rows = []
     for shows, look, style, place in zip(*seen, whole_place(seen, wanted.place), strict=True):
         found = shows == number
         size = int(found.sum())
         others = int((shows < PLACE).sum()) - size
-        may = outlines(actor.figure)
         shapely = bool(iou(fitted(found).expand_as(may), may).max() >= LEAST_SHAPE[actor.figure])
         rows.append(
             {

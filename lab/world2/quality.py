@@ -21,7 +21,7 @@ from torch import Tensor
 from ...demo import model as demo_model
 from ...tav_core.method import metrics
 from ...tav_core.pictures import image
-from ..quality import CFG, STEPS, generate, grid
+from ..quality import CFG, STEPS, generate, grid, passed
 from . import judge, segmenter, world
 
 SEED = 2  # of prompts, noise and pictures; training uses 0, its held-out pictures 1
@@ -54,14 +54,14 @@ def main() -> None:
         return {name: round(float(right.mean()), 4) for name, right in found.items()}
 
     drawn = image.from_bytes(np.stack([world.render(scene) for scene in scenes]))
-    passed = torch.cat([vae.decode(vae.encode(part)) for part in drawn.split(25)]).clamp(0, 1)
+    through = passed(vae, drawn)
     pictures = generate(model, clip, vae, [scene.caption for scene in scenes])
     right = right_in(pictures)
     figure_of = np.array([scene.actors[0].figure for scene in scenes])
     report = {
         **shares(right),
-        "drawn": shares(right_in(passed)),
-        "vae_psnr": round(float(metrics.psnr(passed, drawn).mean()), 2),
+        "drawn": shares(right_in(through)),
+        "vae_psnr": round(float(metrics.psnr(through, drawn).mean()), 2),
         "prompts": args.prompts,
         "steps": STEPS,
         "cfg": CFG,

@@ -59,8 +59,13 @@ def problem_with(name: str | None) -> str | None:
     return None
 
 
-def stamp(name: str) -> str:
-    """Changes when the file, or any file of the folder, is another or was written to. Raises ValueError as `find`."""
+def stamp(name: str | None) -> str:
+    """Changes when the file, or any file of the folder, is another or was written to. Raises ValueError as `find`.
+
+    Of a name that another node will make (None) nothing is known: an error would count as a change, at every run.
+    """
+    if name is None:
+        return ""
     path = find(name)
     inside = [path] if path.is_file() else sorted(path.rglob("*"))
     stats = [file.stat() for file in inside if file.is_file()]
